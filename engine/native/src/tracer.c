@@ -1,0 +1,338 @@
+/* The tracer thread and the ptrace moves that the other files are made of. */
+#include "tracer.h"
+
+#include "cleanup.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/ptrace.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <time.h>
+
+#define SPIN_US 60
+#define D_STATE_US 100000
+#define STOP_EVENT(status) ((unsigned) (status) >> 16)
+
+struct ph_tracer {
+	pthread_t thread;
+	pthread_mutex_t call_lock;      /* one caller at a time */
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	ph_job job;
+	void *args;
+	struct ph_error *err;
+	long result;
+	bool pending, done, quit;
+};
+
+/* Inside the freeze one job follows the other within microseconds: to sleep and be woken for each would cost more than
+   the jobs. */
+static void
+spin_until (const bool *flag)
+{
+	for (int64_t end = ph_now_us () + SPIN_US; !__atomic_load_n (flag, __ATOMIC_ACQUIRE) && ph_now_us () < end;)
+		for (int i = 0; i < 32; i++)
+			__builtin_ia32_pause ();
+}
+
+static void *
+tracer_main (void *argument)
+{
+	struct ph_tracer *tracer = argument;
+
+	prctl (PR_SET_NAME, "phaul-tracer");
+	prctl (PR_SET_TIMERSLACK, 1ul); /* its naps are of 20 us, the usual slack 50 */
+	for (;;)
+		{
+			spin_until (&tracer->pending);
+			pthread_mutex_lock (&tracer->lock);
+			while (!tracer->pending && !tracer->quit)
+				pthread_cond_wait (&tracer->changed, &tracer->lock);
+			if (tracer->quit)
+				break;
+			tracer->pending = false;
+			pthread_mutex_unlock (&tracer->lock);
+			long result = tracer->job (tracer->args, tracer->err);
+			pthread_mutex_lock (&tracer->lock);
+			tracer->result = result;
+			__atomic_store_n (&tracer->done, true, __ATOMIC_RELEASE);
+			pthread_cond_broadcast (&tracer->changed);
+			pthread_mutex_unlock (&tracer->lock);
+		}
+	pthread_mutex_unlock (&tracer->lock);
+	return NULL;
+}
+
+struct ph_tracer *
+ph_tracer_new (struct ph_error *err)
+{
+	struct ph_tracer *tracer = calloc (1, sizeof (*tracer));
+
+	if (!tracer)
+		{
+			ph_fail (err, ENOMEM, "tracer");
+			return NULL;
+		}
+	pthread_mutex_init (&tracer->call_lock, NULL);
+	pthread_mutex_init (&tracer->lock, NULL);
+	pthread_cond_init (&tracer->changed, NULL);
+	int failed = pthread_create (&tracer->thread, NULL, tracer_main, tracer);
+	if (failed)
+		{
+			ph_fail (err, failed, "start the tracer thread");
+			free (tracer);
+			return NULL;
+		}
+	return tracer;
+}
+
+void
+ph_tracer_free (struct ph_tracer *tracer)
+{
+	if (!tracer)
+		return;
+	pthread_mutex_lock (&tracer->lock);
+	tracer->quit = true;
+	pthread_cond_broadcast (&tracer->changed);
+	pthread_mutex_unlock (&tracer->lock);
+	pthread_join (tracer->thread, NULL);
+	free (tracer);
+}
+
+void
+ph_tracer_begin (struct ph_tracer *tracer, ph_job job, void *args, struct ph_error *err)
+{
+	pthread_mutex_lock (&tracer->call_lock);
+	pthread_mutex_lock (&tracer->lock);
+	tracer->job = job;
+	tracer->args = args;
+	tracer->err = err;
+	tracer->done = false;
+	__atomic_store_n (&tracer->pending, true, __ATOMIC_RELEASE);
+	pthread_cond_broadcast (&tracer->changed);
+	pthread_mutex_unlock (&tracer->lock);
+}
+
+long
+ph_tracer_end (struct ph_tracer *tracer)
+{
+	spin_until (&tracer->done);
+	pthread_mutex_lock (&tracer->lock);
+	while (!tracer->done)
+		pthread_cond_wait (&tracer->changed, &tracer->lock);
+	long result = tracer->result;
+	pthread_mutex_unlock (&tracer->lock);
+	pthread_mutex_unlock (&tracer->call_lock);
+	return result;
+}
+
+long
+ph_tracer_call (struct ph_tracer *tracer, ph_job job, void *args, struct ph_error *err)
+{
+	ph_tracer_begin (tracer, job, args, err);
+	return ph_tracer_end (tracer);
+}
+
+int64_t
+ph_now_us (void)
+{
+	struct timespec now;
+
+	clock_gettime (CLOCK_MONOTONIC, &now);
+	return (int64_t) now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
+
+void
+trace_describe (pid_t tid, char *text, size_t size)
+{
+	char path[64], line[128] = "";
+	cleanup_close int fd = -1;
+
+	snprintf (path, sizeof (path), "/proc/%d/stat", tid);
+	fd = open (path, O_RDONLY | O_CLOEXEC);
+	ssize_t got = fd < 0 ? 0 : read (fd, line, sizeof (line) - 1);
+	char *open = got > 0 ? strchr (line, '(') : NULL, *close = got > 0 ? strrchr (line, ')') : NULL;
+	if (!open || !close || close[1] != ' ')
+		snprintf (text, size, "task %d", tid);
+	else
+		snprintf (text, size, "task %d %.*s in state %c", tid, (int) (close - open + 1), open, close[2]);
+}
+
+/* Whether a task has been sleeping uninterruptibly for so long that it is likely to wait for a task that we have
+   stopped, as a vfork parent does: to wait on would only make the pause longer. */
+static bool
+sleeps_for_us (pid_t tid, int64_t begun)
+{
+	char who[96];
+	size_t length;
+
+	if (ph_now_us () - begun < D_STATE_US)
+		return false;
+	trace_describe (tid, who, sizeof (who));
+	length = strlen (who);
+	return length > 0 && who[length - 1] == 'D';
+}
+
+/* Wait for any state change of `tid` until `deadline`. Short waits spin, longer ones sleep in small steps. */
+static int
+wait_change (pid_t tid, int64_t deadline, int *status, struct ph_error *err)
+{
+	char who[96];
+	int64_t begun = ph_now_us ();
+
+	for (unsigned round = 0;; round++)
+		{
+			pid_t got = waitpid (tid, status, __WALL | WNOHANG);
+			if (got == tid)
+				return 0;
+			if (got < 0 && errno != EINTR)
+				return ph_fail (err, ESRCH, "task %d is gone", tid);
+			if (ph_now_us () > deadline || (round > 50 && sleeps_for_us (tid, begun)))
+				{
+					trace_describe (tid, who, sizeof (who));
+					return ph_fail (err, ETIMEDOUT, "%s does not stop", who);
+				}
+			if (round > 50)
+				nanosleep (&(struct timespec){ .tv_nsec = round > 1000 ? 1000000 : 20000 }, NULL);
+		}
+}
+
+int
+trace_wait_stop (pid_t tid, int64_t deadline, int *stop_signal, struct ph_error *err)
+{
+	for (;;)
+		{
+			int status;
+
+			if (wait_change (tid, deadline, &status, err) < 0)
+				return -1;
+			if (!WIFSTOPPED (status))
+				return ph_fail (err, ESRCH, "task %d has ended", tid);
+			if (STOP_EVENT (status) == PTRACE_EVENT_STOP)
+				{
+					if (stop_signal)
+						*stop_signal = WSTOPSIG (status) == SIGTRAP ? 0 : WSTOPSIG (status);
+					return 0;
+				}
+			/* a signal on its way to the task: pass it on, the stop follows */
+			int signal = STOP_EVENT (status) ? 0 : WSTOPSIG (status);
+			if (ptrace (PTRACE_CONT, tid, 0, signal) < 0)
+				return ph_fail (err, errno, "let task %d take signal %d", tid, signal);
+		}
+}
+
+int
+trace_interrupt (pid_t tid, int64_t deadline, struct ph_error *err)
+{
+	if (ptrace (PTRACE_INTERRUPT, tid, 0, 0) < 0)
+		return ph_fail (err, errno, "interrupt task %d", tid);
+	return trace_wait_stop (tid, deadline, NULL, err);
+}
+
+int
+trace_get_regs (pid_t tid, struct user_regs_struct *regs, struct ph_error *err)
+{
+	if (ptrace (PTRACE_GETREGS, tid, 0, regs) < 0)
+		return ph_fail (err, errno, "read the registers of task %d", tid);
+	return 0;
+}
+
+int
+trace_set_regs (pid_t tid, const struct user_regs_struct *regs, struct ph_error *err)
+{
+	if (ptrace (PTRACE_SETREGS, tid, 0, regs) < 0)
+		return ph_fail (err, errno, "write the registers of task %d", tid);
+	return 0;
+}
+
+int
+trace_set_mask (pid_t tid, uint64_t mask, struct ph_error *err)
+{
+	if (ptrace (PTRACE_SETSIGMASK, tid, sizeof (mask), &mask) < 0)
+		return ph_fail (err, errno, "set the signal mask of task %d", tid);
+	return 0;
+}
+
+static int
+go_on (pid_t tid, enum __ptrace_request how, struct ph_error *err)
+{
+	return ptrace (how, tid, 0, 0) < 0 ? ph_fail (err, errno, "let task %d run", tid) : 0;
+}
+
+static int
+next_stop (pid_t tid, int *status, struct ph_error *err)
+{
+	if (wait_change (tid, ph_now_us () + 5000000, status, err) < 0)
+		return -1;
+	return WIFSTOPPED (*status) ? 0 : ph_fail (err, ESRCH, "task %d has ended", tid);
+}
+
+/* The stops used here are the entry of the call and PTRACE_EVENT_STOP after it: a single-step would be a
+   signal-delivery-stop, whose SIGTRAP hits the program if we die there; and from the exit of a call the kernel does
+   not look at the registers' restart codes again (arch_do_signal_or_restart), which from an event stop it does. */
+int
+trace_call_begin (pid_t tid, const struct user_regs_struct *regs, struct ph_error *err)
+{
+	if (trace_set_regs (tid, regs, err) < 0 || trace_set_mask (tid, ~0ull, err) < 0)
+		return -1;
+	return go_on (tid, PTRACE_SYSCALL, err);
+}
+
+int
+trace_call_enter (pid_t tid, bool *held_stop, struct ph_error *err)
+{
+	int status;
+
+	*held_stop = false;
+	for (int tries = 0;; tries++)
+		{
+			if (next_stop (tid, &status, err) < 0)
+				return -1;
+			if (STOP_EVENT (status) == 0 && WSTOPSIG (status) == (SIGTRAP | 0x80))
+				break;
+			/* SIGSTOP cannot be blocked: it shows first, and the call has not been made */
+			if (STOP_EVENT (status) == 0 && WSTOPSIG (status) == SIGSTOP)
+				*held_stop = true;
+			else if (STOP_EVENT (status) != PTRACE_EVENT_STOP || tries > 8)
+				return ph_fail (err, EIO, "task %d stops with status %#x in place of a call", tid, status);
+			if (go_on (tid, PTRACE_SYSCALL, err) < 0)
+				return -1;
+		}
+	if (ptrace (PTRACE_INTERRUPT, tid, 0, 0) < 0)
+		return ph_fail (err, errno, "interrupt task %d", tid);
+	return go_on (tid, PTRACE_CONT, err);
+}
+
+int
+trace_call_end (pid_t tid, bool held_stop, long *result, struct ph_error *err)
+{
+	struct user_regs_struct after;
+	int status;
+
+	if (next_stop (tid, &status, err) < 0)
+		return -1;
+	if (STOP_EVENT (status) != PTRACE_EVENT_STOP)
+		return ph_fail (err, EIO, "task %d stops with status %#x after a call", tid, status);
+	if (trace_get_regs (tid, &after, err) < 0)
+		return -1;
+	*result = (long) after.rax;
+	if (held_stop)
+		kill (tid, SIGSTOP);
+	return 0;
+}
+
+int
+trace_call (pid_t tid, const struct user_regs_struct *regs, long *result, struct ph_error *err)
+{
+	bool held_stop;
+
+	if (trace_call_begin (tid, regs, err) < 0 || trace_call_enter (tid, &held_stop, err) < 0)
+		return -1;
+	return trace_call_end (tid, held_stop, result, err);
+}

@@ -1,0 +1,134 @@
+"""Arenas: memory that the engine shares with interpreters (native/include/ph_interp.h), and running programs there."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from .errors import RebuildError, TargetError
+from .native import check, error_text, failure, ffi, lib, new_error
+from .program import Program, Results
+
+_HEAD = 1024
+_LIMIT = lib.PH_SLOT_SIZE - lib.PH_SLOT_STACK - lib.PH_SLOT_FRAME - 2048
+
+
+class Seat(NamedTuple):
+    """A task that interprets: its slot, and its tid in our pid namespace."""
+
+    slot: int
+    tid: int
+
+
+def failed(program: Program, head: Any, tid: int) -> TargetError:
+    """The error of a program that stopped early, naming the instruction. `head` tells which (struct ph_slot)."""
+    step = program.steps[head.failed_at]
+    problem = TargetError(f"{step.label} in task {tid}: {error_text(head.error)} (result {head.result})")
+    problem.errno = head.error
+    return problem
+
+
+class Arena:
+    """A number of slots in memory at `pointer`."""
+
+    def __init__(self, pointer: Any, slots: int) -> None:
+        self.pointer = ffi.cast("char *", pointer)
+        self.slots = slots
+
+    def load(self, slot: int, program: Program) -> None:
+        """Write a program into a slot."""
+        code, buffer = program.assemble()
+        if _HEAD + len(code) + len(buffer) > _LIMIT:
+            raise RebuildError(f"a program of {len(code) // 64} instructions and {len(buffer)} bytes is too large")
+        head = self._head(slot)
+        at = _HEAD + len(code)
+        base = self.pointer + slot * lib.PH_SLOT_SIZE
+        ffi.memmove(base + _HEAD, code, len(code))
+        ffi.memmove(base + at, buffer, len(buffer))
+        head.program, head.buffer, head.count = _HEAD, at, len(program.steps)
+
+    def lend(self, slot: int, content: bytes) -> int:
+        """Put bytes where programs of a slot stand; returns their offset in the arena."""
+        at: int = slot * lib.PH_SLOT_SIZE + _HEAD
+        ffi.memmove(self.pointer + at, content, len(content))
+        return at
+
+    def prepare(self, slot: int, address: int) -> None:
+        """Clear a slot for a new task, in which slot 0 of the arena is at `address`."""
+        head = self._head(slot)
+        ffi.memmove(head, bytes(ffi.sizeof("struct ph_slot")), ffi.sizeof("struct ph_slot"))
+        head.arena = address
+
+    def check(self, seat: Seat, program: Program) -> None:
+        """Raise TargetError, naming the instruction, if a program stopped early."""
+        head = self._head(seat.slot)
+        if head.error:
+            raise failed(program, head, seat.tid)
+
+    def results(self, slot: int, program: Program) -> Results:
+        """What the program left."""
+        head = self._head(slot)
+        size = len(program.assemble()[1])
+        base = self.pointer + slot * lib.PH_SLOT_SIZE + head.buffer
+        return Results(tuple(head.regs), bytes(ffi.buffer(base, size)))
+
+    def run(self, tracer: Any, programs: Mapping[Seat, Program], timeout_ms: int = 10_000) -> dict[Seat, Results]:
+        """Run programs, all at once, one in each seat."""
+        self.order(tracer, programs, timeout_ms)
+        return {seat: self.results(seat.slot, program) for seat, program in programs.items()}
+
+    def order(
+        self,
+        tracer: Any,
+        programs: Mapping[Seat, Program],
+        timeout_ms: int = 10_000,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
+        """The same, where nobody asks for what they leave; TargetError all the same if one stops early. `meanwhile` is
+        done while they run, and needs no tracer."""
+        for seat, program in programs.items():
+            self.load(seat.slot, program)
+        slots = ffi.new("int32_t[]", [seat.slot for seat in programs])
+        tids = ffi.new("int32_t[]", [seat.tid for seat in programs])
+        err = new_error()
+        running = lib.ph_run_begin(tracer, self.pointer, slots, tids, len(programs), timeout_ms, err)
+        if not running:
+            raise failure(err)
+        try:
+            if meanwhile is not None:
+                meanwhile()
+        finally:
+            result = lib.ph_run_end(running)
+        check(result, err)
+        for seat, program in programs.items():
+            self.check(seat, program)
+
+    def ring(self, seat: Seat, program: Program) -> None:
+        """Begin a program that does not come to its end. `results` raises if it did, because it failed."""
+        self.load(seat.slot, program)
+        lib.ph_ring(self.pointer, seat.slot)
+
+    def _head(self, slot: int) -> Any:
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"slot {slot} of {self.slots}")
+        return ffi.cast("struct ph_slot *", self.pointer + slot * lib.PH_SLOT_SIZE)
+
+
+class OwnArena(Arena):
+    """An arena in a memory file of ours, for skeleton tasks to map."""
+
+    def __init__(self, slots: int) -> None:
+        self.size = slots * lib.PH_SLOT_SIZE
+        self.fd = os.memfd_create("phaul-arena", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, self.size)
+        self._map = mmap.mmap(self.fd, self.size)
+        self._view: Any = ffi.from_buffer(self._map)
+        super().__init__(self._view, slots)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ffi.release(self._view)
+        self._map.close()
+        os.close(self.fd)

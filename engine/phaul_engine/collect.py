@@ -1,0 +1,582 @@
+"""One pass over a stopped tree: everything but the contents of memory becomes images.
+
+A `Collector` lives as long as a migration or dump: what does not change from pass to pass (where an injection begins,
+which descriptor was which) it keeps, so that the pass in the freeze costs little.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self, TypeAlias
+
+from . import calls, gadgets, lock_move, sharing, vdso
+from .clocks import Clocks, tree_clocks
+from .errors import BusyError, EngineError
+from .gadgets import Gadgets, find_gadgets, search_gadgets
+from .images.checkpoint import Checkpoint
+from .images.pb import core_pb2, inventory_pb2, pstree_pb2, siginfo_pb2, timens_pb2, vma_pb2
+from .inquiry import Inquiry, inquire, standing
+from .lock_move import Surrender
+from .members import Member, name_threads, opened, read_name
+from .memory import guards
+from .memory.extents import Extents, Kind
+from .namespaces import census
+from .namespaces.net import kind as net
+from .objects import address_space, catalogue, network_files, sysv_shm
+from .objects.base import Collection, Owner, TaskKind, ThreadView, descriptor_kinds, task_kinds
+from .objects.files import FilesPass, OpenFiles, Table
+from .proc.access import open_at, open_process, read_bytes, read_link
+from .proc.maps import Area, parse_maps, read_maps, read_smaps
+from .proc.tree import read_tree
+from .program import Program, Results
+from .registers import collect_registers
+from .sleep_log import Sleep
+from .survey import judge_threads, judge_tree
+from .syscalls import NR
+from .target import Thread, Tree, Visit
+
+__all__ = ["Collector", "Member", "catalogue"]
+
+_IMAGE_VERSION = 2
+_OURS = 0x7FFFFFFF  # the number of whatever the engine has itself: no process gets to it
+_ALIVE, _DEAD, _STOPPED = 1, 2, 3
+_UFFD_USER_MODE_ONLY = 1  # userfaultfd(2), Linux 5.11
+_FILTERED = 2  # what it answers
+_SECOND = 1_000_000_000
+
+
+Seal: TypeAlias = Callable[[Collection], None]
+
+
+def _nothing() -> None:
+    """No hold: the tree stands by ptrace alone."""
+
+
+def _no_seal(_: Collection) -> None:
+    """Nobody has to know."""
+
+
+class _Told(NamedTuple):
+    """What a thread answered at the last pass, what kinds that repeat themselves have made of it (a part of a core),
+    and the others, each with its token."""
+
+    inquiry: Inquiry
+    answers: bytes
+    part: bytes
+    others: tuple[tuple[TaskKind, Any], ...]
+
+
+@dataclass
+class _Mapped:
+    """What the last look at the areas of a process has made of them. `text` is that of /proc/PID/maps which is known
+    to say the same."""
+
+    areas: list[Area]
+    entries: list[vma_pb2.vma_entry]
+    text: bytes = b""
+
+    @property
+    def file_ids(self) -> set[int]:
+        """The files that are mapped."""
+        file = address_space.Status.FILE_PRIVATE | address_space.Status.FILE_SHARED
+        return {entry.shmid for entry in self.entries if entry.status & file}
+
+
+@dataclass
+class _Known:
+    """A process as it was at the last pass. `mem` is its address space of then (/proc/PID/mem); `number` and `memory`
+    are what process and address space are called in the images."""
+
+    start: int
+    mem: int
+    number: int
+    memory: int
+
+    @property
+    def executed(self) -> bool:
+        """Whether it has called execve(2) since: an address space without users has nothing to read."""
+        try:
+            return os.pread(self.mem, 1, 0) == b""
+        except OSError:
+            return False
+
+
+class Collector:
+    """Collects a tree, any number of times. `uffds` are userfaultfds made inside the processes, by pid."""
+
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        self.options = options or {}
+        self.uffds: dict[int, int] = {}
+        self._files = OpenFiles()
+        self._memory: dict[str, Any] = {}
+        self._census = census.Census()
+        self._gadgets: dict[int, Gadgets] = {}
+        self._mapped: dict[int, _Mapped] = {}
+        self._seen: dict[int, tuple[list[Area], Gadgets | None]] = {}  # by `prepare`, for the pass that follows
+        self._known: dict[int, _Known] = {}
+        self._told: dict[int, _Told] = {}
+        self._names: dict[int, int] = {}  # of threads in their own pid namespace, by tid
+        self._guards: dict[int, Extents] = {}
+        self._new_guards: dict[int, Extents] = {}
+        self._last_number = 0
+
+    def close(self) -> None:
+        """Close what is kept between passes."""
+        for pid in list(self._known):
+            self._forget(pid)
+        self._files.close()
+        net.close(self._memory)
+
+    def memories(self) -> dict[int, int]:
+        """The living processes of the last pass, with the number of the address space of each: it changes when a
+        program executes another one, or the pid becomes another process's."""
+        return {pid: known.memory for pid, known in self._known.items()}
+
+    def areas(self, pid: int) -> list[Area]:
+        """The areas of a living process as the last pass has described them."""
+        return self._mapped[pid].areas
+
+    def network_files(self) -> Iterable[int]:
+        """Descriptors of the files on network storage that the tree of the last pass writes."""
+        return network_files.kept(self._memory)
+
+    def note_guards(self, pid: int, changed: Extents) -> None:
+        """Which guard pages stand where memory of a stopped process changed since the last survey: with these, the pass
+        that follows need not walk all of its page tables."""
+        self._new_guards[pid] = changed
+
+    def _find_guards(self, member: Member, *, survey: bool) -> Extents:
+        known, changed = self._guards.get(member.pid), self._new_guards.pop(member.pid, None)
+        where = None
+        if not survey and known is not None and changed is not None:
+            where = Extents(known)
+            where.append(changed, Kind.DATA)
+            where.unite()
+        found = guards.of_process(member.process.proc, member.areas, where)
+        self._guards[member.pid] = found
+        return found
+
+    def _forget(self, pid: int) -> None:
+        mem = self._known.pop(pid).mem
+        found = self._gadgets.pop(pid, None)
+        if found is not None:
+            gadgets.remove(mem, found)
+        os.close(mem)
+        self._mapped.pop(pid, None)
+        self._guards.pop(pid, None)
+        self._new_guards.pop(pid, None)
+        uffd = self.uffds.pop(pid, None)
+        if uffd is not None:
+            os.close(uffd)
+
+    def _recognize(self, members: list[Member]) -> None:
+        """Give processes the numbers that they had, and forget what is gone."""
+        living = {member.pid: member for member in members if not member.process.zombie}
+        for pid in self._known.keys() - living.keys():
+            self._forget(pid)
+        for pid, member in living.items():
+            known = self._known.get(pid)
+            number = known.number if known is not None and known.start == member.stat.start else 0
+            if known is not None and (not number or known.executed):
+                self._forget(pid)
+            if pid not in self._known:
+                mem = open_at(member.process.proc, "mem")
+                self._last_number += 1
+                self._known[pid] = _Known(member.stat.start, mem, number or self._last_number, self._last_number)
+            member.number, member.memory = self._known[pid].number, self._known[pid].memory
+        numbers = {pid: member.number for pid, member in living.items()}
+        files, fs = sharing.numbers(numbers, calls.KCMP_FILES), sharing.numbers(numbers, calls.KCMP_FS)
+        for pid, member in living.items():
+            member.files, member.fs = files[pid], fs[pid]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def collect(
+        self,
+        tree: Tree,
+        *,
+        survey: bool,
+        track: bool = False,
+        hold: Callable[[], None] = _nothing,
+        seal: Seal = _no_seal,
+        surrender: Surrender | None = None,
+    ) -> Collection:
+        """Make images of a stopped tree. With `track`, processes that have none yet get a userfaultfd.
+
+        In the final pass, `hold` is called when nothing is injected any more: it freezes the tree for good; and `seal`
+        when everything is collected but what changes the tree's own objects (sockets go into repair mode): it writes
+        down how to undo that, and holds the network. With `surrender`, the tree gives up its exclusive file locks.
+        """
+        collection = Collection(Checkpoint(), survey=survey, options=self.options, memory=self._memory)
+        now = tree_clocks(next(iter(tree.processes.values())).proc)  # what sleeps have left counts from the stop
+        tree.read_states()
+        judge_threads(tree.threads)
+        with contextlib.ExitStack() as stack, contextlib.ExitStack() as passing:
+            members = self._meet(tree, stack, survey=survey)
+            living = [member for member in members if not member.process.zombie]
+            sysv_shm.collect(self._areas(living), collection)
+            files = passing.enter_context(FilesPass(self._files, collection))
+            with tree.asking(self._visits(living)) as asking:
+                if not survey:  # what is looked at from outside can be while threads answer inside
+                    collection.inner_pids.update(self._foresee(members))
+                    self._look_outside(members, files, collection)
+                cores = {thread.tid: _begin_core(thread) for thread in tree.threads}
+                _collect_inventory(now, collection)
+                answers = asking.answers()
+            self._name(members, answers, collection)
+            told: dict[int, _Told] = {}
+            for member in living:
+                told |= self._collect_tasks(tree, member, answers, cores, collection)
+            self._told = told
+            if track:
+                self._make_uffds(tree, living)
+            if surrender is not None:
+                for member in living:
+                    visit = Visit(member.process, self._gadgets[member.pid], member.areas, {})
+                    surrender.from_inside(tree, visit, files.locks(member.files))
+            hold()
+            self._collect_dead(members, collection)
+            if survey:
+                self._look_outside(members, files, collection)
+            for member in living:
+                mm = collection.checkpoint.one("mm", member.owner.inner_pid)
+                mm.mm_brk = collection.scratch["brk"][member.pid]
+            self._seal(collection, seal, surrender)
+            passing.close()
+            for kind in task_kinds():
+                kind.finish(collection)
+            self._collect_tree(members, collection)
+            if survey:
+                judge_tree(members, collection)
+        return collection
+
+    def _meet(self, tree: Tree, stack: contextlib.ExitStack, *, survey: bool) -> list[Member]:
+        """The processes, what they are called, and their areas."""
+        members = [stack.enter_context(opened(process)) for process in tree.processes.values()]
+        self._recognize(members)
+        self._census.take(members)
+        living = [member for member in members if not member.process.zombie]
+        self._find_tops(living, stack)
+        for member in living:
+            member.areas = self._read_areas(member, survey=survey)
+        return members
+
+    def _find_tops(self, members: list[Member], stack: contextlib.ExitStack) -> None:
+        """The root of each process's mount namespace, through whichever of them sees it."""
+        tops = {census.HOST["mnt"]: os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}
+        stack.callback(os.close, tops[census.HOST["mnt"]])
+        for member in members:
+            if read_link(member.process.proc, "root") == "/":
+                tops.setdefault(self._census.numbers(member.pid)["mnt"], member.owner.root)
+        for member in members:
+            top = tops.get(self._census.numbers(member.pid)["mnt"], -1)
+            member.owner = replace(member.owner, top=top)
+
+    def _areas(self, members: list[Member]) -> Iterator[tuple[Owner, Area, int]]:
+        """All areas, with the IPC namespace of each."""
+        for member in members:
+            number = self._census.numbers(member.pid)["ipc"]
+            for area in member.areas:
+                yield member.owner, area, number
+
+    def prepare(self, root: int) -> None:
+        """Before a survey stops the tree: what can be read while it runs, and is only compared when it stands."""
+        for leader in (True, False):
+            standing(leader)
+        for process in read_tree(root):
+            with contextlib.suppress(EngineError), contextlib.ExitStack() as stack:
+                proc = open_process(process.pid)
+                stack.callback(os.close, proc)
+                if not process.dead:
+                    for kind in task_kinds():
+                        kind.prepare(proc)
+                areas = read_smaps(proc)
+                if areas and not process.dead:
+                    way = None if process.pid in self._gadgets else search_gadgets(process.pid, areas)
+                    self._seen[process.pid] = areas, way
+
+    def _read_areas(self, member: Member, *, survey: bool) -> list[Area]:
+        """The areas of a process. While it stands, smaps would walk all page tables: where maps says that nothing
+        moved, the flags are those of a moment before, or, in the freeze, of the last survey (advice that changes splits
+        or joins areas, in all but rare cases)."""
+        if survey:
+            seen, way = self._seen.pop(member.pid, ([], None))
+            if not seen or _bounds(seen) != _bounds(read_maps(member.process.proc)):
+                return read_smaps(member.process.proc)
+            if way is not None:
+                self._gadgets.setdefault(member.pid, way)
+            return seen
+        known, text = self._mapped.get(member.pid), read_bytes(member.process.proc, "maps")
+        if known is not None and known.text != text and _bounds(known.areas) == _bounds(parse_maps(text)):
+            known.text = text
+        return known.areas if known is not None and known.text == text else read_smaps(member.process.proc)
+
+    def _foresee(self, members: list[Member]) -> dict[int, int]:
+        """The numbers of threads in their own pid namespace, as they were at the last pass; `_name` looks again."""
+        numbers = {}
+        for member in members:
+            for thread in member.process.threads:
+                known = self._names.get(thread.tid)
+                numbers[thread.tid] = read_name(member, thread) if known is None else known
+        return numbers
+
+    def _name(self, members: list[Member], answers: dict[int, Results], collection: Collection) -> None:
+        """The numbers of threads, by what they say themselves."""
+        for member in members:
+            name_threads(member, answers)
+        found = {tid: inner for member in members for tid, inner in member.inner_tids.items()}
+        if collection.inner_pids not in ({}, found):
+            raise BusyError("a thread has another number than the one before it that had the same for us")
+        collection.inner_pids.update(found)
+        self._names = found
+
+    def _visits(self, members: list[Member]) -> list[Visit]:
+        """What every thread is asked."""
+        visits = []
+        for member in members:
+            process = member.process
+            if process.pid not in self._gadgets:
+                self._gadgets[process.pid] = find_gadgets(process.pid, member.areas)
+            programs = {
+                thread.tid: standing(thread is process.driver).program
+                for thread in process.threads
+                if not thread.zombie
+            }
+            visits.append(Visit(process, self._gadgets[process.pid], member.areas, programs))
+        return visits
+
+    def _collect_tasks(
+        self,
+        tree: Tree,
+        member: Member,
+        answers: dict[int, Results],
+        cores: dict[int, core_pb2.core_entry],
+        collection: Collection,
+    ) -> dict[int, _Told]:
+        """Cores of all threads of a process: from ptrace, from inside, from /proc."""
+        process = member.process
+        told: dict[int, _Told] = {}
+        for thread in process.threads:
+            if thread.zombie:
+                continue
+            view = _view(tree, member, thread, answers[thread.tid])
+            results = answers[thread.tid]
+            told[thread.tid] = self._hear(view, results, collection)
+            core = cores[thread.tid]
+            _fill_core(core, tree, member, thread, view)
+            _judge_sleep(thread, view, collection)
+            core.MergeFromString(told[thread.tid].part)
+            for kind, token in told[thread.tid].others:
+                kind.collect(view, token, results, core, collection)
+            collection.checkpoint.put("core", view.inner_tid, core)
+            if view.leader:
+                self._collect_varying(tree, member, view, core, collection)
+                brk = results.answer(told[thread.tid].inquiry.brk)
+                collection.scratch.setdefault("brk", {})[process.pid] = brk
+        return told
+
+    def _hear(self, view: ThreadView, results: Results, collection: Collection) -> _Told:
+        """What has been made of these answers before; what is made of them now, where they are others."""
+        inquiry, known = standing(view.leader), self._told.get(view.tid)
+        if known is not None and known.inquiry is inquiry and known.answers == results.buffer:
+            return known
+        part, others = core_pb2.core_entry(), []
+        for kind, token in inquiry.kinds:
+            if kind.repeats(token, results):
+                kind.collect(view, token, results, part, collection)
+            else:
+                others.append((kind, token))
+        return _Told(inquiry, results.buffer, part.SerializePartialToString(), tuple(others))
+
+    def _collect_varying(
+        self, tree: Tree, member: Member, view: ThreadView, core: core_pb2.core_entry, collection: Collection
+    ) -> None:
+        """What is asked of this process and of no other."""
+        inquiry = inquire(view, varying=True)
+        answers = Results((), b"")
+        if inquiry.program.steps:
+            programs = {view.tid: inquiry.program}
+            visit = Visit(member.process, self._gadgets[member.pid], member.areas, programs)
+            answers = tree.ask([visit])[view.tid]
+        for kind, token in inquiry.kinds:
+            kind.collect(view, token, answers, core, collection)
+
+    def _make_uffds(self, tree: Tree, members: list[Member]) -> None:
+        """A userfaultfd for each process that has none yet."""
+        for member in members:
+            if member.pid not in self.uffds:
+                with tree.interpreter(member.process, self._gadgets[member.pid], member.areas) as interpreter:
+                    self.uffds[member.pid] = _make_uffd(interpreter, member)
+
+    def _collect_dead(self, members: list[Member], collection: Collection) -> None:
+        for member in members:
+            if member.process.zombie:
+                core = core_pb2.core_entry(mtype=core_pb2.core_entry.X86_64)
+                _fill_task(core.tc, member)
+                core.tc.task_state, core.tc.exit_code = _DEAD, member.stat.exit_code
+                collection.checkpoint.put("core", member.owner.inner_pid, core)
+
+    def _look_outside(self, members: list[Member], files: FilesPass, collection: Collection) -> None:
+        """What is seen from outside: namespaces, files, memory but for the end of the heap."""
+        self._census.collect(members, collection)
+        members = [member for member in members if not member.process.zombie]
+        tables = {member.files: Table(member.files, member.owner, member.pidfd) for member in reversed(members)}
+        files.tables(tables[number] for number in sorted(tables))
+        for member in members:
+            files.fs(member.owner, member.status.umask or 0)
+            self._collect_memory(member, files, collection)
+        files.finish()
+
+    @staticmethod
+    def _seal(collection: Collection, seal: Seal, surrender: Surrender | None) -> None:
+        lock_move.waiters(collection)
+        if not collection.survey and not collection.blockers:
+            seal(collection)
+            if surrender is not None:
+                surrender.from_outside(collection)
+            for kind in descriptor_kinds():
+                kind.seal(collection)
+
+    def _collect_memory(self, member: Member, files: FilesPass, collection: Collection) -> None:
+        def mapped(owner: Owner, area: Area) -> int:
+            flags = os.O_RDWR if area.shared and "mw" in area.flags else os.O_RDONLY
+            link = f"map_files/{area.start:x}-{area.end:x}"
+            return files.file_at(owner, link, flags, f"area {area.start:x}-{area.end:x}")
+
+        exe = files.file_at(member.owner, "exe", os.O_RDONLY, "the executable")
+        auxv = read_bytes(member.process.proc, "auxv")
+        mm = address_space.collect_bounds(member.stat, exe, auxv)
+        known = self._mapped.get(member.pid)
+        if known and known.areas is member.areas and files.again(known.file_ids):
+            mm.vmas.extend(known.entries)
+        else:
+            sources = address_space.Sources(mapped)
+            entries = address_space.collect_areas(member.owner, member.areas, sources, collection)
+            mm.vmas.extend(entries)
+            self._mapped[member.pid] = _Mapped(member.areas, entries)
+        mm.vmas.extend(address_space.guard_entries(self._find_guards(member, survey=collection.survey)))
+        collection.checkpoint.put("mm", member.owner.inner_pid, mm)
+
+    def _collect_tree(self, members: list[Member], collection: Collection) -> None:
+        """pstree and ids images: parents before children."""
+        for index, member in enumerate(members):
+            inner = collection.inner_pids
+            entry = pstree_pb2.pstree_entry(
+                pid=member.owner.inner_pid,
+                ppid=inner.get(member.stat.ppid, 0) if index else 0,
+                pgid=member.status.ns_pgid[-1],
+                sid=member.status.ns_sid[-1],
+            )
+            entry.threads.extend(member.inner_tids.values())
+            collection.checkpoint.put("pstree", None, entry)
+            if not member.process.zombie:
+                ids = _ids(member.memory, member.files, member.fs, member.number)
+                census.write(ids, self._census.numbers(member.pid))
+                collection.checkpoint.put("ids", member.owner.inner_pid, ids)
+
+
+def _bounds(areas: list[Area]) -> list[tuple[Any, ...]]:
+    """All but the flags."""
+    return [area[:8] for area in areas]
+
+
+def _view(tree: Tree, member: Member, thread: Thread, results: Results) -> ThreadView:
+    leader = thread is member.process.driver
+    filtered = results.answer(standing(leader).seccomp) == _FILTERED
+    filters = tuple(tree.seccomp_filters(thread)) if filtered else ()
+    return ThreadView(member.owner, thread.tid, member.inner_tids[thread.tid], leader, filters)
+
+
+def _make_uffd(interpreter: Any, member: Member) -> int:
+    """A userfaultfd of the process's address space, in our table and no longer in its own."""
+    tid = member.process.driver.tid
+    ask = Program()
+    # With the third flag no privilege is needed; what it gives up, faults handled in the kernel's own accesses, is not
+    # missed: with WP_ASYNC no fault is handed to anybody.
+    made = ask.call(
+        NR.userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK | _UFFD_USER_MODE_ONLY, label="userfaultfd for tracking"
+    )
+    fd = interpreter.run({tid: ask})[tid].value(made)
+    uffd = calls.pidfd_getfd(member.pidfd, fd)
+    drop = Program()
+    drop.call(NR.close, fd)
+    interpreter.run({tid: drop})
+    return uffd
+
+
+def _begin_core(thread: Thread) -> core_pb2.core_entry:
+    """What is known without the tracer."""
+    core = core_pb2.core_entry()
+    collect_registers(thread.state, core)
+    if thread.sleep is not None:
+        _fill_sleep(core, thread.sleep)
+    return core
+
+
+def _fill_core(core: core_pb2.core_entry, tree: Tree, member: Member, thread: Thread, view: ThreadView) -> None:
+    _fill_signals(core.thread_core.signals_p, tree.queued_signals(thread, shared=False))
+    if view.leader:
+        _fill_task(core.tc, member)
+        core.tc.blk_sigset = thread.state.sigmask
+        core.tc.task_state = _STOPPED if thread.stop_signal else _ALIVE
+        if thread.stop_signal:
+            core.tc.stop_signo = thread.stop_signal
+        _fill_signals(core.tc.signals_s, tree.queued_signals(thread, shared=True))
+
+
+def _fill_sleep(core: core_pb2.core_entry, sleep: Sleep) -> None:
+    """What is left of an interrupted sleep; and which call it was, where the kernel had made it again."""
+    registers = core.thread_info.gpregs
+    if registers.orig_ax == NR.restart_syscall:
+        registers.ax = registers.orig_ax = sleep.nr
+    if sleep.left is not None:
+        core.thread_core.remaining_ns = max(sleep.left, 1)
+
+
+def _judge_sleep(thread: Thread, view: ThreadView, collection: Collection) -> None:
+    """After a stop by somebody else, which call it was can be seen while the thread sleeps in it, but not always."""
+    if thread.sleep is not None and thread.sleep.nr == NR.restart_syscall:
+        collection.block(
+            f"thread {view.tid} of {view.owner}",
+            "in a system call that was interrupted before",
+            "it cannot be told which",
+            "another try will do when it has ended",
+            passing=True,
+        )
+
+
+def _fill_task(task: core_pb2.task_core_entry, member: Member) -> None:
+    task.task_state, task.exit_code, task.personality, task.flags, task.blk_sigset = _ALIVE, 0, 0, member.stat.flags, 0
+    task.comm = os.fsencode(member.stat.comm)
+
+
+def _fill_signals(queue: siginfo_pb2.signal_queue_entry, infos: list[bytes]) -> None:
+    queue.SetInParent()
+    for info in infos:
+        queue.signals.add(siginfo=info)
+
+
+def _ids(memory: int, files: int, fs: int, handlers: int) -> core_pb2.task_kobj_ids_entry:
+    """Which objects a process shares with others."""
+    return core_pb2.task_kobj_ids_entry(vm_id=memory, files_id=files, fs_id=fs, sighand_id=handlers)
+
+
+def _collect_inventory(now: Clocks, collection: Collection) -> None:
+    inventory = inventory_pb2.inventory_entry(img_version=_IMAGE_VERSION, fdinfo_per_id=True, ns_per_id=True)
+    inventory.root_ids.CopyFrom(_ids(*[_OURS] * 4))  # no process of the tree shares memory or files with us
+    census.write(inventory.root_ids, census.HOST)
+    here = vdso.local()
+    if here is not None:
+        inventory.phaul_vdso = here.code.data
+    collection.checkpoint.put("inventory", None, inventory)
+    clocks = timens_pb2.timens_entry()
+    clocks.monotonic.tv_sec, clocks.monotonic.tv_nsec = divmod(now.monotonic, _SECOND)
+    clocks.boottime.tv_sec, clocks.boottime.tv_nsec = divmod(now.boottime, _SECOND)
+    collection.checkpoint.put("timens", 0, clocks)

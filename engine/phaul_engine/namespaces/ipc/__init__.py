@@ -1,0 +1,1 @@
+"""IPC namespaces (ipc_namespaces(7)): limits, System V objects, POSIX message queues."""

@@ -1,0 +1,1 @@
+"""Mount namespaces (mount_namespaces(7))."""

@@ -1,0 +1,175 @@
+"""The namespaces of a tree under construction: which task is born into which, and what is made in them.
+
+The root is born into all that the images give it. Another task that is in one which its parent is not in makes it
+itself (unshare(2)), or joins it (setns(2)) if a task before it has made it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+from phaul_engine.errors import ImageError, RebuildError
+from phaul_engine.objects.base import Restoration, SkeletonTask
+from phaul_engine.program import Program
+from phaul_engine.syscalls import NR
+from phaul_engine.transfer import Runner, Table
+
+from . import census, user
+from .base import NamespaceKind, NewNamespace, kind_named, kinds
+
+_DESCRIPTORS = os.O_RDONLY | os.O_CLOEXEC
+
+
+class Namespaces:
+    """Those of one skeleton."""
+
+    def __init__(self, restoration: Restoration) -> None:
+        self._restoration = restoration
+        self._where: dict[int, dict[str, int]] = {}  # by pid in the images
+        self._descriptors: list[int] = []
+        self._host = census.read(restoration.checkpoint.one("inventory").root_ids)
+        self._places = restoration.namespaces
+
+    def close(self) -> None:
+        """Close what is ours."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    @property
+    def numbered(self) -> bool:
+        """Whether tasks have other numbers in their own pid namespace than here."""
+        return any(name == "pid" for name, _ in self._places)
+
+    def of_task(self, pid: int) -> dict[str, int]:
+        """The namespaces of the tree's own that a task is to be in: numbers by kind. Clocks are seen to elsewhere."""
+        numbers = census.read(self._restoration.checkpoint.one("ids", pid))
+        return {
+            name: number
+            for name, number in numbers.items()
+            if name != "time" and number != self._host.get(name, number)
+        }
+
+    def flags(self, pid: int) -> int:
+        """CLONE_NEW* for the birth of the root."""
+        return _flags(self.of_task(pid))
+
+    def ids(self, pid: int) -> user.Ids:
+        """What the root has to be given, which is born into a user namespace."""
+        return user.ids(self._restoration.checkpoint, self.of_task(pid)["user"])
+
+    def settle_root(self, task: SkeletonTask) -> None:
+        """The root was born, into new namespaces: make what belongs into them."""
+        self._make(task, self.of_task(task.inner_pid))
+
+    def inherit(self, pid: int, parent: int) -> None:
+        """A task was born that is wherever its parent is."""
+        self._where[pid] = self._where.get(parent, {})
+
+    def enter(self, task: SkeletonTask, parent: int, table: Table, run: Runner) -> None:
+        """A task was born, into the namespaces of its parent: have it go where it belongs."""
+        before, wanted = self._where.get(parent, {}), self.of_task(task.inner_pid)
+        changed = {name: wanted.get(name, 0) for name in before | wanted if before.get(name) != wanted.get(name)}
+        self._where[task.inner_pid] = wanted
+        if not changed:
+            return
+        if "pid" in changed:
+            raise ImageError(f"process {task.inner_pid} is in a pid namespace that its parent, {parent}, is not in")
+        new = {name: number for name, number in changed.items() if number and (name, number) not in self._places}
+        for name, number in changed.items():
+            if name not in new:
+                self._join(name, number, table, run)
+        if flags := _flags(new):
+            program = Program()
+            program.order(NR.unshare, flags, label="make namespaces")
+            run(program)
+        self._make(task, new)
+
+    def update(self) -> None:
+        """Later images: what tasks need that follow them."""
+        for kind in kinds():
+            for place in self._of_kind(kind):
+                kind.update(place, self._restoration)
+
+    def settle(self) -> None:
+        """In the freeze: the last state of everything."""
+        for kind in kinds():
+            for place in self._of_kind(kind):
+                kind.settle(place, self._restoration)
+
+    def release(self) -> None:
+        """After the commit, before the tasks run."""
+        for kind in kinds():
+            for place in self._of_kind(kind):
+                kind.release(place, self._restoration)
+
+    def let_go(self) -> None:
+        """Last, before the tasks run."""
+        for kind in kinds():
+            for place in self._of_kind(kind):
+                kind.let_go(place, self._restoration)
+
+    def discard(self) -> None:
+        """The tree will not run here."""
+        for kind in kinds():
+            for place in self._of_kind(kind):
+                kind.discard(place, self._restoration)
+
+    def _of_kind(self, kind: NamespaceKind) -> list[NewNamespace]:
+        return [place for (name, _), place in self._places.items() if name == kind.name]
+
+    def _join(self, name: str, number: int, table: Table, run: Runner) -> None:
+        """Have a task go into a namespace that is there: with number 0 the engine's."""
+        place = self._places.get((name, number))
+        fd = os.dup(place.descriptor) if place else os.open(f"/proc/self/ns/{name}", _DESCRIPTORS)
+        try:
+            (theirs,) = table.receive(run, [fd])
+        finally:
+            os.close(fd)
+        program = Program()
+        program.order(NR.setns, theirs, _kind(name).flag, label=f"join a {name} namespace")
+        table.close(program, [theirs])
+        run(program)
+
+    def _make(self, task: SkeletonTask, new: Mapping[str, int]) -> None:
+        """`task` is where it belongs, and the first there in the namespaces `new`."""
+        self._where[task.inner_pid] = self.of_task(task.inner_pid)
+        self._refresh(task)
+        if not new:
+            return
+        descriptors = {name: self._open(task, name) for name in census.NAMES}
+        root = not self._places
+        for name, number in new.items():
+            self._places[name, number] = NewNamespace(name, number, task, root, descriptors)
+        for kind in kinds():
+            if kind.name in new:
+                kind.rebuild(self._places[kind.name, new[kind.name]], self._restoration)
+                if not kind.at_birth:
+                    descriptors[kind.name] = self._open(task, kind.name)
+                self._refresh(task)
+        if root and "mnt" in new:
+            self._restoration.root = task.root
+
+    def _open(self, task: SkeletonTask, name: str) -> int:
+        fd = os.open(f"ns/{name}", _DESCRIPTORS, dir_fd=task.proc)
+        self._descriptors.append(fd)
+        return fd
+
+    def _refresh(self, task: SkeletonTask) -> None:
+        """Its root directory and network namespace may be others now."""
+        for fd in (task.root, task.net):
+            os.close(fd)
+        task.root = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=task.proc)
+        task.net = os.open("ns/net", _DESCRIPTORS, dir_fd=task.proc)
+
+
+def _flags(names: Iterable[str]) -> int:
+    """CLONE_NEW* of namespaces that are made before `rebuild`."""
+    return sum(_kind(name).flag for name in names if _kind(name).at_birth)
+
+
+def _kind(name: str) -> NamespaceKind:
+    kind = kind_named(name)
+    if kind is None:
+        raise RebuildError(f"the images tell of a {name} namespace, which is not carried")
+    return kind

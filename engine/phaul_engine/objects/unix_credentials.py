@@ -1,0 +1,81 @@
+"""Whom a unix connection tells its ends about (SO_PEERCRED, unix(7)).
+
+The kernel notes user and group of whoever calls listen, connect or socketpair, and its process. So these are called
+with the effective ids that the image tells. A pair is made inside the task that has the number of its maker, where
+there is one; else the process is the engine's: it cannot act as another one, and a server asks when it accepts.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Callable
+from typing import TypeVar
+
+from phaul_engine import calls
+from phaul_engine.images.pb import sk_packet_pb2, sk_unix_pb2
+from phaul_engine.program import Program, Results
+from phaul_engine.syscalls import NR
+
+from . import inet
+from .base import Collection, Restoration
+
+Result = TypeVar("Result")
+
+_SO_PEERCRED = 17
+_KEEP = (1 << 64) - 1  # an id, in setresuid(2)
+
+
+def collect(sock: socket.socket, usk: sk_unix_pb2.unix_sk_entry, collection: Collection) -> None:
+    """Note what a socket tells of its peer; a listener, of itself."""
+    pid, uid, gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, _SO_PEERCRED, 12))
+    if pid > 0:
+        cred = usk.phaul_peer_cred
+        cred.pid = collection.inner_pids.get(pid, 0)
+        cred.uid, cred.gid = collection.ids.uid_inside(uid), collection.ids.gid_inside(gid)
+
+
+def acting(usk: sk_unix_pb2.unix_sk_entry, restoration: Restoration, act: Callable[[], Result]) -> Result:
+    """Run `act`, which makes a connection, as the one whom `usk` is to tell of."""
+    cred = usk.phaul_peer_cred
+    uid, gid = restoration.ids.uid_here(cred.uid), restoration.ids.gid_here(cred.gid)
+    if not usk.HasField("phaul_peer_cred") or (uid, gid) == (os.geteuid(), os.getegid()):
+        return act()
+    return calls.acting(uid, gid, act)
+
+
+def pair(usk: sk_unix_pb2.unix_sk_entry, restoration: Restoration) -> tuple[socket.socket, socket.socket]:
+    """Two ends of a new connection, made by the one whom `usk` is to tell of."""
+    cred = usk.phaul_peer_cred
+    if cred.pid in restoration.tasks and restoration.inside is not None:
+        return _pair_inside(usk.type, cred, restoration, restoration.inside)
+    return inet.in_network(
+        restoration, lambda: acting(usk, restoration, lambda: socket.socketpair(socket.AF_UNIX, usk.type))
+    )
+
+
+def _pair_inside(
+    kind: int,
+    cred: sk_packet_pb2.sk_ucred_entry,
+    restoration: Restoration,
+    inside: Callable[[int, Program], Results],
+) -> tuple[socket.socket, socket.socket]:
+    program = Program()
+    numbers = program.space(8)
+    program.order(NR.setresgid, _KEEP, cred.gid, _KEEP, label="take the group of a socket's maker")
+    program.order(NR.setresuid, _KEEP, cred.uid, _KEEP, label="take the user of a socket's maker")
+    program.order(NR.socketpair, socket.AF_UNIX, kind | socket.SOCK_CLOEXEC, 0, numbers, label="make a socket pair")
+    program.order(NR.setresuid, _KEEP, 0, _KEEP, label="be root again")
+    program.order(NR.setresgid, _KEEP, 0, _KEEP, label="be root's group again")
+    left, right = struct.unpack("ii", inside(cred.pid, program).bytes(numbers))
+    pidfd = os.pidfd_open(restoration.pid(cred.pid))
+    try:
+        ends = [socket.socket(fileno=calls.pidfd_getfd(pidfd, number)) for number in (left, right)]
+    finally:
+        os.close(pidfd)
+    tidy = Program()
+    tidy.order(NR.close, left)
+    tidy.order(NR.close, right)
+    inside(cred.pid, tidy)
+    return ends[0], ends[1]

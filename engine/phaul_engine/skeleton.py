@@ -1,0 +1,464 @@
+"""A tree under construction at the destination (DESIGN 3, staged restore).
+
+`build` makes every task of the images with its areas and descriptors while the source still runs; `update` follows
+what changes there between rounds; `finish` gives all of it its final state and parks it, which is READY; `release`
+lets it go. Until `release` every task is traced with EXITKILL: if we die, nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+from . import features, plan, sleep_log, sleeps, vdso
+from .arena import Seat
+from .births import Births, Task
+from .clocks import Clocks, machine_clocks, offsets
+from .equipment import Equipment
+from .errors import IMPOSSIBLE, EngineError, RebuildError, cannot_make
+from .gadgets import find_syscall
+from .images import demands, verify
+from .images.checkpoint import Checkpoint
+from .images.pb import core_pb2
+from .memory.extents import Extents
+from .native import check, ffi, lib, new_error
+from .objects import carried_file, catalogue, sysv_shm, tasks
+from .objects.base import Phase, Restoration, Scope, descriptor_kinds, task_kinds
+from .objects.last_words import LastWords
+from .proc.maps import read_maps
+from .program import Program
+from .registers import rebuild_registers, signal_mask
+from .shared_memory import SharedMemory
+from .spaces import Spaces
+from .syscalls import NR
+from .target import Tracer, reap
+
+__all__ = ["Skeleton", "catalogue"]
+_STOPPED = 3  # of task_state in an image
+
+_ALL_ONES = (1 << 64) - 1
+
+
+class _Call(NamedTuple):
+    """A system call to be made in a halted thread, `tid` in our pid namespace."""
+
+    task: Task
+    tid: int
+    nr: int
+    args: list[int]
+
+
+class Skeleton:
+    """A tree being made from images. `cgroup` is a descriptor of the cgroup it is born into, -1 for ours."""
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        checkpoint: Checkpoint,
+        *,
+        cgroup: int = -1,
+        clocks: Clocks | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        verify.require(checkpoint)
+        self.tracer = tracer
+        self.restoration = Restoration(checkpoint, options=options or {})
+        self._prepared: dict[int, tuple[bytes, Program]] = {}  # by inner tid: see _assemble
+        self._root = plan.read_tree(checkpoint)
+        self._foreign = bool(self.restoration.options.get("shell_job"))
+        self._detached = False
+        self._clocks_ahead: Clocks | None = None
+        self.last_words = LastWords()
+        self._parked: Any = None  # `struct ph_thread_state[]`: what threads go on with
+        self._cleanup = contextlib.ExitStack()
+        threads = sum(len(node.threads) for node in plan.processes(self._root))
+        self._births = Births(tracer, self.restoration, threads, cgroup=cgroup, clocks=clocks)
+        self._cleanup.callback(self._births.close)
+        self.restoration.inside = lambda pid, program: self._births.run(self._births.tasks[pid], program)
+        self.shared = SharedMemory(self.restoration.namespaces)
+        self._cleanup.callback(self.shared.close)
+        self._spaces = Spaces(self._births, self.restoration, self.shared)
+        self._equipment = Equipment(self._births, self.restoration)
+
+    # -- the stages ----------------------------------------------------------------------------------------------
+
+    def build(self, fill: Callable[[Task], None] | None = None) -> None:
+        """Make all tasks, with their areas (writable, for the sink) and descriptors.
+
+        With `fill`, which puts the pages of a task in place (or, of an heir, those that are other than its parent's),
+        it is called for each before it forks, so that its children share them.
+        """
+        features.demand(self.restoration.checkpoint)
+        ready: set[int] = set()
+        for step in plan.order(self._root, foreign_session=self._foreign):
+            if fill and isinstance(step, plan.Birth) and step.parent is not None:
+                self._fill_before_fork(self._births.tasks[step.parent.pid], ready, fill)
+            self._births.take_step(step)
+        living = self._births.living
+        for task in living:
+            if task.node.pid not in ready:
+                self._give_space(task, ready)
+        self._equip([], living)
+        self._furnish(living)
+        if fill:
+            for task in living:
+                if task.node.pid not in ready:
+                    fill(task)
+        self._equipment.settle(early=True)
+        self._prepare()
+
+    def drop(self, task: Task, extents: Extents) -> None:
+        """Make pages of a task absent."""
+        self._spaces.drop(task, extents)
+
+    def _fill_before_fork(self, task: Task, ready: set[int], fill: Callable[[Task], None]) -> None:
+        if task.node.exit_code is None and task.node.pid not in ready:
+            self._give_space(task, ready)
+            fill(task)
+            ready.add(task.node.pid)
+
+    def _give_space(self, task: Task, ready: set[int]) -> None:
+        """Areas, on what it has from its parent if that was ready when it was born."""
+        if task.heir_of in ready:
+            self._spaces.inherit(task)
+        else:
+            self._spaces.make(task)
+
+    def _equip(self, new: list[Task], grown: list[Task]) -> None:
+        """Give tasks that have just been born what they need, and others their new threads."""
+        for task in new:
+            self._spaces.make(task)
+        for task in grown:
+            self._births.add_threads(task)
+        self._furnish(new)
+
+    def _furnish(self, new: list[Task]) -> None:
+        for task in new:
+            self._equipment.install(task)
+            self._equipment.place(task)
+        self._equipment.attach()
+        self._births.run_all(self._programs(Phase.EARLY, new))
+
+    def protect(self) -> None:
+        """Give areas their final protection: once the first round is in. Later pages go through /proc/PID/mem."""
+        for task in self._births.living:
+            self._spaces.protect(task)
+
+    def update(self, checkpoint: Checkpoint) -> frozenset[int]:
+        """Follow the source: tasks, areas and descriptors as in `checkpoint`.
+
+        Returns the processes, by their pids in the images, whose memory is new, and empty; those that ended are no
+        longer in `pids`.
+        """
+        before = self.restoration.checkpoint
+        demands.require(checkpoint, before)
+        discarded = self._equipment.replace_images(checkpoint)
+        if not discarded and checkpoint.shares(before, "pstree", "ids", "mm", "fdinfo", "fs"):
+            return frozenset()  # who is dead has no ids
+        verify.require(checkpoint)
+        self._births.namespaces.update()
+        root = plan.read_tree(checkpoint)
+        change = plan.changes(self._root, root, foreign_session=self._foreign)
+        for node in change.gone:
+            self._births.remove(self._births.tasks[node.pid])
+        self._root = root
+        for node in plan.processes(root):
+            if node.pid in self._births.tasks:
+                task = self._births.tasks[node.pid]
+                task.node = node
+                self._births.drop_threads(task)
+        for step in change.steps:
+            self._births.take_step(step)
+        new = [task for task in self._births.living if task.node.pid in change.born]
+        kept = [task for task in self._births.living if task.node.pid not in change.born]
+        for task in kept:
+            if task.node.pid in change.renewed:
+                self._spaces.make(task)
+            else:
+                self._spaces.change(task)
+            self._equipment.install(task)
+            self._equipment.move(task, before)
+        self._equip(new, self._births.living)
+        return change.unfilled
+
+    def rehearse(self) -> None:
+        """Go once through what `finish` will do, with no effect: what runs for the first time takes several times as
+        long as later, and in the freeze all of it would."""
+        state = ffi.new("struct ph_thread_state *")
+        programs = {}
+        for task in self._births.living:
+            for tid, seat in task.seats.items():
+                core = self._core(tid)
+                self._assemble(task, tid, Phase.CREDENTIALS)  # not FINAL: what it says once it does not say again
+                sleeps.sleep_on(core, 0, lambda _: 0)
+                rebuild_registers(core, state)
+                programs[seat] = Program()
+                programs[seat].order(NR.gettid)
+        self._births.run_all(programs)
+        self._passed()
+
+    def finish(self, checkpoint: Checkpoint) -> None:
+        """The final state of everything, then park: nothing is left to do but to be let go."""
+        if checkpoint is not self.restoration.checkpoint:
+            self.update(checkpoint)
+        self._births.namespaces.settle()
+        self._equipment.settle()
+        final = {task.seats[task.node.pid]: self._last_of_process(task) for task in self._births.living}
+        last: dict[Seat, Program] = {}
+        self._births.run_all(
+            self._programs(Phase.FINAL, self._births.living, final),
+            lambda: last.update(self._programs(Phase.CREDENTIALS, self._births.living)),
+        )
+        for task in self._births.living:
+            written = self.restoration.tasks[task.node.pid].written
+            if written:
+                self.last_words.withhold(task.node.pid, task.pid, written, {tid: self._core(tid) for tid in task.seats})
+        self._births.run_all(last, self._prepare_states)
+        self._park()
+        self._births.become_init(self._root.pid)
+        sysv_shm.condemn(checkpoint)
+
+    def _last_of_process(self, task: Task) -> Program:
+        """What a leader does once for its process, in the program that goes on with its own state: every program that
+        is waited for costs a hand-over."""
+        self._spaces.protect(task)
+        program = Program()
+        self._spaces.finish(task, program)
+        task.table.close_service(program)
+        return program
+
+    def speak(self) -> None:
+        """In the last moment before `detach`, if `last_words.late` says so: the cgroup must not be frozen now."""
+        by_pid = {task.node.pid: task for task in self._births.living}
+
+        def call(thread: tuple[int, int], number: NR, arguments: list[int]) -> int:
+            task = by_pid[thread[0]]
+            return self._calls([_Call(task, task.seats[thread[1]].tid, number, arguments)])[0]
+
+        if self.last_words.late:
+            self.last_words.speak(call)
+            err = new_error()
+            check(lib.ph_set_states(self.tracer.handle, self._parked, len(self._parked), err), err)
+
+    def detach(self) -> None:
+        """Clear EXITKILL and let go of every task. They must be held by a frozen cgroup, or they run from here on."""
+        self._stop_again()
+        tids = self.tids() + ([self._births.init.pid] if self._births.init else [])
+        err = new_error()
+        check(lib.ph_release(self.tracer.handle, ffi.new("int32_t[]", tids), len(tids), err), err)
+        self._detached = True
+
+    def wake(self) -> None:
+        """Let objects be heard of: after the commit, before the tasks run (sockets leave repair mode)."""
+        self.last_words.give_back()
+        self._births.namespaces.release()
+        for kind in descriptor_kinds():
+            kind.release(self.restoration)
+        self._births.namespaces.let_go()
+
+    def sync(self) -> None:
+        """Bring files that came along to the disk; OSError if that fails."""
+        carried_file.sync(self.restoration)
+
+    def release(self) -> None:
+        """Both, for a tree that nobody else decides about: from here on it runs, unless a frozen cgroup holds it."""
+        self.wake()
+        self.speak()
+        self.detach()
+
+    def close(self) -> None:
+        """Close all that is ours. A tree that was not detached dies with the tracer, or now."""
+        sleep_log.log.save()
+        if not self._detached:
+            for kind in descriptor_kinds():
+                kind.discard(self.restoration)
+            self._births.namespaces.discard()
+            init = self._births.init
+            for task in (*self._births.tasks.values(), *([init] if init else [])):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(task.pid, 9)
+            if self._births.namespaces.numbered:
+                with contextlib.suppress(EngineError):
+                    reap(self.tracer, self.tids())
+            self.shared.discard()
+        carried_file.forget(self.restoration)
+        for fd in self.restoration.made.values():
+            os.close(fd)
+        for one in self.restoration.tasks.values():
+            for fd in (one.proc, one.root, one.net):
+                os.close(fd)
+        self._cleanup.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- what others need to know ----------------------------------------------------------------------------------
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The addresses in every task, until it is parked, that are the engine's own."""
+        return self._births.bounds
+
+    def pids(self) -> dict[int, int]:
+        """Our number of each living process, by the one it has in the images."""
+        return {task.node.pid: task.pid for task in self._births.living}
+
+    @property
+    def renumbered(self) -> bool:
+        """Whether tasks have other numbers in a pid namespace of their own than here."""
+        return self._births.init is not None or self._births.namespaces.numbered
+
+    def tids(self) -> list[int]:
+        """Our numbers of all living threads."""
+        return [seat.tid for task in self._births.living for seat in task.seats.values()]
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def _core(self, inner_tid: int) -> core_pb2.core_entry:
+        core: core_pb2.core_entry = self.restoration.checkpoint.one("core", inner_tid)
+        return core
+
+    def _programs(
+        self, phase: Phase, among: list[Task], begun: Mapping[Seat, Program] | None = None
+    ) -> dict[Seat, Program]:
+        """The program of a phase for every thread, after what stands in `begun`."""
+        begun = begun or {}
+        return {
+            seat: self._assemble(task, tid, phase, begun.get(seat))
+            for task in among
+            for tid, seat in task.seats.items()
+        }
+
+    def _prepare_states(self) -> None:
+        """What threads go on with, if all that slept do again."""
+        self._parked = ffi.new("struct ph_thread_state[]", len(self.tids()))
+        seats = [(tid, seat) for task in self._births.living for tid, seat in task.seats.items()]
+        for state, (tid, seat) in zip(self._parked, seats, strict=True):
+            core = self._core(tid)
+            rebuild_registers(core, state, sleeping=core.thread_core.remaining_ns > 0)
+            state.tid = seat.tid
+
+    def _assemble(self, task: Task, tid: int, phase: Phase, program: Program | None = None) -> Program:
+        """The program of a phase for one thread. That of the last is kept, and used again if nothing changed."""
+        core = self._core(tid)
+        fingerprint = b""
+        if phase is Phase.CREDENTIALS:
+            fingerprint = tasks.fingerprint(core, task.node.pid, self.restoration)
+            before, prepared = self._prepared.get(tid, (b"", Program()))
+            if before == fingerprint:
+                return prepared
+        program = program or Program()
+        for kind in task_kinds():
+            if kind.scope is Scope.THREAD or tid == task.node.pid:
+                try:
+                    kind.rebuild(core, self.restoration.tasks[task.node.pid], program, phase, self.restoration)
+                except IMPOSSIBLE as error:
+                    raise cannot_make(f"what core-{tid}.img says of its {kind.name}", error) from error
+        if phase is Phase.CREDENTIALS:
+            self._prepared[tid] = fingerprint, program
+        return program
+
+    def _prepare(self) -> None:
+        """Assemble the last programs early: what this host cannot give is found now, and the freeze is shorter."""
+        self._programs(Phase.CREDENTIALS, self._births.living)
+        self._ahead()
+        vdso.local()
+
+    def _park(self) -> None:
+        tids = self.tids()
+        err = new_error()
+        check(lib.ph_halt(self.tracer.handle, ffi.new("int32_t[]", tids), len(tids), 5000, err), err)
+        passed = self._passed()
+        sleeping = self._sleep_on(passed)
+        start, end = self._births.bounds
+        living = self._births.living
+        for task, result in zip(
+            living,
+            self._calls([_Call(task, task.pid, NR.munmap, [start, end - start]) for task in living]),
+            strict=True,
+        ):
+            if result != 0:
+                raise RebuildError(f"cannot unmap the interpreter of process {task.node.pid}: {result}")
+        seats = [(tid, seat) for task in living for tid, seat in task.seats.items()]
+        for state, (tid, seat) in zip(self._parked, seats, strict=True):
+            if tid not in sleeping:
+                core = self._core(tid)
+                if core.thread_core.remaining_ns:
+                    rebuild_registers(core, state)
+                sleeps.shorten(core, passed, state, sleeps.writer(seat.tid))
+        check(lib.ph_set_states(self.tracer.handle, self._parked, len(tids), err), err)
+
+    def _passed(self) -> int:
+        """How many nanoseconds the tree's clock has gone on since it was collected."""
+        return max(self._since_stop().monotonic, 0)
+
+    def behind(self) -> int:
+        """How many nanoseconds the tree's clocks have to go on until they show no less than when it was collected."""
+        return max(0, *(-one for one in self._since_stop()))
+
+    def _since_stop(self) -> Clocks:
+        checkpoint = self.restoration.checkpoint
+        if not checkpoint.has("timens", 0):
+            return Clocks(0, 0)
+        saved, ahead = checkpoint.one("timens", 0), self._ahead()
+        then = Clocks(*(one.tv_sec * 1_000_000_000 + one.tv_nsec for one in (saved.monotonic, saved.boottime)))
+        return machine_clocks().minus(then.minus(ahead))
+
+    def _ahead(self) -> Clocks:
+        """How far the tree's clocks are ahead of the machine's: its time namespace is ours to set, and is set."""
+        if self._clocks_ahead is None:
+            self._clocks_ahead = offsets(self.restoration.tasks[self._root.pid].proc)
+        return self._clocks_ahead
+
+    def _sleep_on(self, passed: int) -> set[int]:
+        """Let halted threads sleep for as long as they had left; those that do, by their numbers in the images."""
+        asleep, calls = [], []
+        for task in self._births.living:
+            for tid, seat in task.seats.items():
+                core = self._core(tid)
+                call = sleeps.sleep_on(core, passed, functools.partial(self._births.lend, seat))
+                if call is not None:
+                    asleep.append((tid, seat, core))
+                    calls.append(_Call(task, seat.tid, *call))
+        slept = set()
+        for (tid, seat, core), result in zip(asleep, self._calls(calls), strict=True):
+            if sleeps.has_slept(result):
+                sleep_log.log.expect(seat.tid, sleeps.waiting(core), core.thread_core.remaining_ns - passed)
+                slept.add(tid)
+        return slept
+
+    def _calls(self, wanted: Sequence[_Call]) -> list[int]:
+        """System calls in halted threads, one in each; their results, or restart codes or -errno."""
+        if not wanted:
+            return []
+        native = ffi.new("struct ph_call[]", len(wanted))
+        for place, call in zip(native, wanted, strict=True):
+            place.tid, place.gadget, place.nr = call.tid, self._gadget(call.task), call.nr
+            place.args = [arg & _ALL_ONES for arg in (*call.args, *[0] * (6 - len(call.args)))]
+        err = new_error()
+        check(lib.ph_calls(self.tracer.handle, native, len(wanted), err), err)
+        return [place.result for place in native]
+
+    def _stop_again(self) -> None:
+        """What was stopped by job control stops before it runs: the signal is the first thing it meets."""
+        for task in self._births.living:
+            core = self._core(task.node.pid)
+            if core.tc.task_state == _STOPPED:
+                number = core.tc.stop_signo or signal.SIGSTOP
+                blocked = signal_mask(core) >> number - 1 & 1
+                os.kill(task.pid, signal.SIGSTOP if blocked else number)
+
+    def _gadget(self, task: Task) -> int:
+        """The address of a `syscall` instruction in the task: this kernel's vDSO has one, and if that is not there the
+        program's own code."""
+        here = vdso.local()
+        if task.vdso and here is not None and here.code.syscall >= 0:
+            return task.vdso + here.code.syscall
+        return find_syscall(task.pid, read_maps(self.restoration.tasks[task.node.pid].proc))
