@@ -1,0 +1,53 @@
+"""What a kind of workload offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+from phaul.events import Finding
+
+
+@dataclass(frozen=True)
+class Found:
+    """A workload of this host. `pid` is its first process, `words` what people call it. `facts` (JSON) are what the
+    destination has to know; `findings` what speaks against moving it, so far as its runtime is concerned."""
+
+    pid: int
+    words: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+
+
+Note: TypeAlias = Callable[[dict[str, Any]], object]
+"""Writes notes (JSON) into the journal, in place of those before: for `take_over` and `withdraw`, whoever does them."""
+
+
+class Workload(ABC):
+    """A kind of workload. What comes from the other host is checked like anything that does."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def find(self, name: str) -> Found:
+        """The workload of that name, running on this host. UsageError if there is none."""
+
+    def examine(self, facts: dict[str, Any]) -> list[Finding]:
+        """At the destination, before anything is touched: what keeps this host from taking it over."""
+        return []
+
+    def prepare(self, facts: dict[str, Any], note: Note) -> str:
+        """At the destination: make ready what it will live in, and note it before it is done. Returns the cgroup where
+        the tree is to live, empty for the agent's own. PhaulError if that fails."""
+        return ""
+
+    def take_over(self, notes: dict[str, Any], root: int, pids: Iterable[int]) -> None:
+        """At the destination, when it runs: it is the runtime's own. Doing it twice does no harm."""
+
+    def withdraw(self, notes: dict[str, Any]) -> None:
+        """At the destination, when the copy is dead: undo `prepare`. Doing it twice does no harm."""
+
+    def give_up(self, facts: dict[str, Any]) -> None:
+        """At the source, when the copy here is dead: the runtime forgets it. Doing it twice does no harm."""
