@@ -1,0 +1,60 @@
+"""UTS, PID and user namespaces: names, numbers, ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from phaul_engine.errors import BlockedError
+
+from tests.kernel.namespaces.containers import container
+
+_TEXT = """
+def setup():
+    global child, seen
+    open("/proc/sys/kernel/hostname", "w").write("container-one")
+    open("/proc/sys/kernel/domainname", "w").write("example.org")
+    child = os.fork()
+    if child == 0:
+        while True:
+            signal.pause()
+    seen = look()
+
+def look():
+    names = [open("/proc/sys/kernel/" + name).read() for name in ("hostname", "domainname")]
+    maps = [open("/proc/self/" + name).read() for name in ("uid_map", "gid_map", "setgroups")]
+    groups = open("/proc/thread-self/cgroup").read() if os.getpid() == 1 else ""
+    return names, maps, groups, os.getpid(), os.getsid(0), os.getresuid(), os.getresgid(), os.getgroups(), child
+
+def check():
+    assert look() == seen, (look(), seen)
+    assert seen[0][0] == "container-one\\n"
+    os.kill(child, 0)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+"""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--pid", "--cgroup", "--time"),
+        ("--pid", "--user", "--map-root-user"),
+        ("--pid", "--user", "--map-current-user"),
+    ],
+    ids=["host", "all", "user", "deny"],
+)
+def test_names_and_numbers_of_a_container(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    with container(tmp_path, _TEXT, "--uts", *flags) as subject:
+        subject.check()
+        subject.carry()
+        subject.check()
+        subject.carry()
+        subject.check()
+
+
+def test_several_processes_in_a_user_namespace_without_numbers_of_their_own(tmp_path: Path) -> None:
+    with container(tmp_path, _TEXT, "--uts", "--user", "--map-root-user") as subject:
+        with pytest.raises(BlockedError, match=r"a user namespace of its own.*processes would need"):
+            subject.carry()
+        subject.check()

@@ -1,0 +1,79 @@
+"""A program with threads is collected, killed, made again as a skeleton, and goes on counting."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from phaul_engine.skeleton import Skeleton
+from phaul_engine.target import Tracer, stop_tree
+
+from tests.kernel.skeletons import collect, fill
+
+_COUNTER = """
+import os, threading, time
+def count(which):
+    step = 0
+    while True:
+        time.sleep(0.02)
+        step += 1
+        os.write(1, f"{which} {step} {os.getpid()} {threading.get_native_id()}\\n".encode())
+for which in range(3):
+    threading.Thread(target=count, args=(which,)).start()
+"""
+
+
+def _steps(out: Path) -> dict[str, list[list[str]]]:
+    lines = [line.split() for line in out.read_text().splitlines()]
+    return {which: [line for line in lines if line[0] == which] for which in "012"}
+
+
+def test_a_program_goes_on_in_its_skeleton(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with out.open("wb") as stdout:
+        program = subprocess.Popen(
+            [sys.executable, "-c", _COUNTER], stdin=subprocess.DEVNULL, stdout=stdout, start_new_session=True
+        )
+    time.sleep(0.5)
+    with Tracer() as tracer, stop_tree(tracer, program.pid, timeout_ms=1000) as tree:
+        checkpoint, pages = collect(tree, program.pid)
+        program.kill()
+    program.wait()
+    before = _steps(out)
+    with Tracer() as tracer, Skeleton(tracer, checkpoint) as skeleton:
+        skeleton.build()
+        assert skeleton.pids() == {program.pid: program.pid}
+        fill(program.pid, pages)
+        skeleton.protect()
+        skeleton.finish(checkpoint)
+        assert _steps(out) == before, "a parked task must not run"
+        skeleton.release()
+    time.sleep(0.5)
+    os.kill(program.pid, 9)
+    os.waitpid(program.pid, 0)
+    for which, lines in _steps(out).items():
+        assert len(lines) > len(before[which]) + 10
+        assert [int(line[1]) for line in lines] == list(range(1, len(lines) + 1))
+        assert {tuple(line[2:]) for line in lines} == {tuple(before[which][0][2:])}, "same pid and tid"
+
+
+def test_a_skeleton_dies_with_its_maker(tmp_path: Path) -> None:
+    program = subprocess.Popen(
+        [sys.executable, "-c", _COUNTER], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    time.sleep(0.3)
+    with Tracer() as tracer, stop_tree(tracer, program.pid, timeout_ms=1000) as tree:
+        checkpoint, _ = collect(tree, program.pid)
+        program.kill()
+    program.wait()
+    maker = os.fork()
+    if maker == 0:
+        skeleton = Skeleton(Tracer(), checkpoint)
+        skeleton.build()
+        os.kill(os.getpid(), 9)
+    os.waitpid(maker, 0)
+    time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{program.pid}/exe") or not os.path.exists(f"/proc/{program.pid}")

@@ -1,0 +1,70 @@
+"""Pairs of authenticated channels inside one process, over socket pairs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from phaul_engine.memory.sink import PageSink
+from phaul_engine.memory.source import Codec, PageSource
+from phaul_engine.memory.stream import Channel, Role, StreamHello
+
+from phaul.transport.pages import Identity, make_identity
+
+MIGRATION = bytes(range(32))
+TIMEOUT = 100.0
+
+
+@functools.cache
+def identities() -> tuple[Identity, Identity]:
+    """The source's and the destination's, made once a run."""
+    return make_identity(), make_identity()
+
+
+def channel_pair(hello: StreamHello) -> tuple[Channel, Channel]:
+    """A connector and the listener that admitted it."""
+    ours, theirs = identities()
+    near, far = socket.socketpair()
+    with ThreadPoolExecutor(1) as pool:
+        client = ours.context(server=False, pin=theirs.fingerprint)
+        connecting = pool.submit(Channel.connect, client, near.detach(), hello, TIMEOUT)
+        server = theirs.context(server=True, pin=ours.fingerprint)
+        accepted, said = Channel.accept(server, far.detach(), TIMEOUT)
+        assert said == hello
+        accepted.admit(True, TIMEOUT)
+        return connecting.result(), accepted
+
+
+def control_pair() -> tuple[Channel, Channel]:
+    """Two ends that exchange messages."""
+    return channel_pair(StreamHello(MIGRATION, Role.CONTROL))
+
+
+def page_pair(
+    streams: int, codec: Codec = Codec.RAW, *, checksum: bool = True, level: int = 1
+) -> tuple[PageSource, PageSink]:
+    """A source and a sink, connected by that many streams."""
+    pairs = [channel_pair(StreamHello(MIGRATION, Role.PAGES, number, streams)) for number in range(streams)]
+    source = PageSource([near for near, _ in pairs], codec=codec, checksum=checksum, level=level)
+    return source, PageSink([far for _, far in pairs])
+
+
+def run_round(source: PageSource, sink: PageSink, number: int) -> None:
+    """End a round, let it be applied, and wait for both sides."""
+    sink.allow(number)
+    source.end(number)
+    source.wait(number, TIMEOUT)
+    sink.wait(number, TIMEOUT)
+
+
+def descriptors() -> int:
+    """How many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def threads() -> int:
+    """How many threads this process has, native ones too."""
+    return len(os.listdir("/proc/self/task")) - threading.active_count()

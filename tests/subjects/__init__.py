@@ -1,0 +1,1 @@
+"""Programs to be moved that check themselves; see README.md beside this file."""

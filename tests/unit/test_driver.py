@@ -1,0 +1,211 @@
+"""The driver with parties that do nothing, too much, or the wrong thing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from phaul_engine.errors import EngineError
+
+from phaul.driver import Driver, WorkFailedError, blocking
+from phaul.errors import LostRaceError
+from phaul.journal import Journal
+from phaul.migration import (
+    Cancel,
+    Done,
+    Ended,
+    Limits,
+    LinkLost,
+    Message,
+    Outcome,
+    Received,
+    Refused,
+    Row,
+    State,
+    Swap,
+    Work,
+)
+from phaul.migration.source import Connecting, begin
+from phaul.transport.direct import Direct, Kind, Letter
+
+
+class Party:
+    """Does what its table says; a work that is not in it succeeds at once."""
+
+    journal: Journal | None = None
+    link: Direct | None = None
+    hurried = False
+
+    def __init__(self, **works: Callable[[], Awaitable[Any]]) -> None:
+        self.works = works
+        self.did: list[str] = []
+        self.passed: list[str] = []
+
+    async def do(self, work: Work) -> Done:
+        self.did.append(work.name)
+        act = self.works.get(work.name)
+        if act is not None:
+            await act()
+        return Done(work)
+
+    async def take(self, letter: Letter) -> None:
+        raise AssertionError(letter)
+
+    async def reconnect(self) -> None:
+        raise AssertionError("nothing was asked")
+
+    def entered(self, state: State) -> None:
+        self.passed.append(type(state).__name__)
+
+
+def run(party: Party, *events: Any, limits: Limits | None = None) -> Ended:
+    async def main() -> Ended:
+        driver = Driver(begin(), party, limits)
+        for event in events:
+            asyncio.get_running_loop().call_later(0.05, driver.post, event)
+        async with asyncio.timeout(10):
+            return await driver.run()
+
+    return asyncio.run(main())
+
+
+def failing(error: Exception) -> Callable[[], Awaitable[Any]]:
+    async def act() -> None:
+        raise error
+
+    return act
+
+
+async def forever() -> None:
+    await asyncio.sleep(3600)
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (OSError(5, "no"), Outcome.STAYED),
+        (WorkFailedError("not this one", outcome=Outcome.REFUSED), Outcome.REFUSED),
+        (ZeroDivisionError("a mistake"), Outcome.STAYED),
+    ],
+)
+def test_a_work_that_fails_ends_it_whatever_it_raises(error: Exception, outcome: Outcome) -> None:
+    party = Party(CONNECT=failing(error))
+    ended = run(party)
+    assert ended.outcome is outcome
+    assert str(error) in ended.why
+    assert party.did == ["CONNECT"]
+
+
+def test_a_state_that_outlives_its_deadline_is_left() -> None:
+    ended = run(Party(CONNECT=forever), limits=Limits(deadlines={"Connecting": 0.05}))
+    assert (ended.outcome, ended.why) == (Outcome.STAYED, "no answer in time")
+
+
+def test_cancel_ends_it_at_once() -> None:
+    assert run(Party(CONNECT=forever), Cancel()).outcome is Outcome.CANCELLED
+
+
+def test_a_superseded_work_is_stopped_before_the_next_begins(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    async def prepare() -> None:
+        await blocking(lambda: _slow(order))
+
+    async def undo() -> None:
+        order.append("undo")
+
+    party = Party(PREPARE=prepare, UNDO=undo)
+    welcome = Received(Message.WELCOME)
+
+    async def main() -> Ended:
+        driver = Driver(begin(), party)
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.05, driver.post, welcome)
+        loop.call_later(0.15, driver.post, Cancel())
+        async with asyncio.timeout(10):
+            return await driver.run()
+
+    assert asyncio.run(main()).outcome is Outcome.CANCELLED
+    assert order == ["begun", "over", "undo"]
+    assert party.passed == ["Connecting", "Greeting", "Examining", "Preparing", "Aborting", "Undoing", "Ended"]
+
+
+def _slow(order: list[str]) -> None:
+    import time
+
+    order.append("begun")
+    time.sleep(0.4)
+    order.append("over")
+
+
+class Link:
+    """The other side, which says certain things and then no more."""
+
+    def __init__(self, *said: Letter | Exception) -> None:
+        self._said = list(said)
+
+    async def next(self) -> Letter:
+        one = self._said.pop(0)
+        if isinstance(one, Exception):
+            raise one
+        return one
+
+
+def hear(party: Party, *said: Letter | Exception) -> Driver:
+    """A driver that has listened to the other side until the end."""
+
+    async def main() -> Driver:
+        driver = Driver(begin(), party)
+        await driver.listen(cast("Direct", Link(*said)))
+        return driver
+
+    return asyncio.run(main())
+
+
+def test_state_beside_messages_goes_to_the_party() -> None:
+    class Taking(Party):
+        async def take(self, letter: Letter) -> None:
+            self.did.append(letter.kind.name)
+
+    party = Taking()
+    driver = hear(
+        party,
+        Letter(Kind.ALIVE, b""),
+        Letter(Kind.PROTOCOL, b'{"message":"%s"}' % Message.WELCOME.value.encode()),
+        OSError(104, "cut"),
+    )
+    assert party.did == ["ALIVE"]
+    assert driver.heard == {Message.WELCOME}
+    assert [type(event).__name__ for event in driver._events] == ["Received", "LinkLost"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        Letter(Kind.PROTOCOL, b"nonsense"),
+        Letter(Kind.PROTOCOL, b"[" * 5000),
+        Letter(Kind.PROTOCOL, b"[]"),
+        Letter(Kind.PROTOCOL, b'{"message":"EXPLODE"}'),
+        Letter(Kind.PROTOCOL, b'{"message":["READY"]}'),
+        EngineError("a message of unknown kind"),
+        ZeroDivisionError("a mistake of ours"),
+    ],
+)
+def test_nonsense_from_the_other_side_is_the_end_of_the_link(said: Letter | Exception) -> None:
+    (event,) = hear(Party(), said)._events
+    assert isinstance(event, LinkLost)
+
+
+def test_a_row_that_somebody_else_has_changed_is_refused() -> None:
+    class Lost:
+        def transition(self, *_: object, **__: object) -> None:
+            raise LostRaceError("no longer", state=Row.ABORTED)
+
+    party = Party()
+    party.journal = cast("Journal", Lost())
+    driver = Driver(begin(), party)
+    assert isinstance(driver.state, Connecting)
+    assert asyncio.run(driver._swap(Swap(Row.PREPARED, Row.FROZEN))) == Refused(Row.ABORTED)

@@ -1,0 +1,1 @@
+"""Virtual machines with other kernels: see docs/testing.md."""
