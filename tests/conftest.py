@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +20,9 @@ from tests.hosts.syscalls import CLONE_NEWIPC, CLONE_NEWNET, unshare
 settings.register_profile("loaded machine", deadline=None)  # a test may wait for a processor for any time
 settings.load_profile("loaded machine")
 
+_NOT_JUDGED = ("/proc/", "/sys/fs/cgroup/", "/dev/shm/pym-", "/var/tmp/phaul-tests/")
+"""Of files that this process has open: handles of processes and cgroups that are gone, multiprocessing's, a lease's."""
+
 
 @dataclass
 class Workplace:
@@ -30,7 +35,17 @@ class Workplace:
 
     def look(self) -> set[str]:
         """What the auditor sees now."""
-        return audit(machine_scope(self.lease.cgroup))
+        return audit(machine_scope(self.lease.cgroup)) | set(_open_files())
+
+
+def _open_files() -> Iterator[str]:
+    """The files and directories that this process has open: every process that a later test forks has them too."""
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the listing's own
+            mode = os.stat(int(number)).st_mode
+            path = os.readlink(f"/proc/self/fd/{number}")
+            if (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and not path.startswith(_NOT_JUDGED):
+                yield f"descriptor {number} of this process is open: {path}"
 
 
 @pytest.fixture(scope="session")

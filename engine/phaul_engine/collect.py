@@ -24,6 +24,7 @@ from .members import Member, name_threads, opened, read_name
 from .memory import guards
 from .memory.extents import Extents, Kind
 from .namespaces import census
+from .namespaces.mnt import source as mounts
 from .namespaces.net import kind as net
 from .objects import address_space, catalogue, network_files, sysv_shm
 from .objects.base import Collection, Owner, TaskKind, ThreadView, descriptor_kinds, task_kinds
@@ -129,6 +130,7 @@ class Collector:
             self._forget(pid)
         self._files.close()
         net.close(self._memory)
+        mounts.close(self._memory)
 
     def memories(self) -> dict[int, int]:
         """The living processes of the last pass, with the number of the address space of each: it changes when a

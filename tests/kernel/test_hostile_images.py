@@ -68,7 +68,7 @@ def victim(workplace: object, tmp_path_factory: pytest.TempPathFactory) -> Itera
         made.pids = [record.message.pid for record in Checkpoint.load(made.images).records("pstree")]
         process.wait(5)
         _end(made.pids)
-        # The first restore of a process leaves a descriptor open for those after it, which `look` would count.
+        # The first restore opens /proc/self/fd for all that follow it, which `look` would count.
         _restore(_broken(made, lambda c: None, tmp_path_factory.mktemp("first")))
         _end(made.pids)
         yield made

@@ -71,13 +71,12 @@ def _told(directory: Path) -> dict[str, tuple[int, int, int]]:
 def test_what_a_fork_left_in_common_is_in_common_again(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     quiet = subprocess.DEVNULL
-    with adopting():
+    with adopting(), ImageDirectory(str(tmp_path / "images")) as images:
         command = [sys.executable, "-c", _PROGRAM, str(tmp_path)]
         program = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
         program.returncode = 0  # it is waited for by number: it ends, and comes again
         before = _told(tmp_path)
         pids = _tree(program.pid)
-        images = ImageDirectory(str(tmp_path / "images"))
         with Tracer() as tracer:
             _dump(tracer, program.pid, images)
         reap(pids)
@@ -103,6 +102,5 @@ def _tree(root: int) -> list[int]:
 
 
 def _dump(tracer: Tracer, pid: int, images: ImageDirectory) -> None:
-
     with contextlib.ExitStack() as stack:
         dump(tracer, pid, images, open_store(images, stack))

@@ -12,6 +12,7 @@ from phaul_engine.skeleton import Skeleton
 from phaul_engine.target import Tracer, stop_tree
 
 from tests.kernel.skeletons import collect, fill
+from tests.subjects.programs import wait_until
 
 _COUNTER = """
 import os, threading, time
@@ -31,13 +32,17 @@ def _steps(out: Path) -> dict[str, list[list[str]]]:
     return {which: [line for line in lines if line[0] == which] for which in "012"}
 
 
+def _wait_for_steps(out: Path, wanted: dict[str, int]) -> None:
+    wait_until(lambda: all(len(_steps(out)[which]) >= count for which, count in wanted.items()), "threads count", 30.0)
+
+
 def test_a_program_goes_on_in_its_skeleton(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with out.open("wb") as stdout:
         program = subprocess.Popen(
             [sys.executable, "-c", _COUNTER], stdin=subprocess.DEVNULL, stdout=stdout, start_new_session=True
         )
-    time.sleep(0.5)
+    _wait_for_steps(out, dict.fromkeys("012", 5))
     with Tracer() as tracer, stop_tree(tracer, program.pid, timeout_ms=1000) as tree:
         checkpoint, pages = collect(tree, program.pid)
         program.kill()
@@ -51,11 +56,10 @@ def test_a_program_goes_on_in_its_skeleton(tmp_path: Path) -> None:
         skeleton.finish(checkpoint)
         assert _steps(out) == before, "a parked task must not run"
         skeleton.release()
-    time.sleep(0.5)
+    _wait_for_steps(out, {which: len(lines) + 10 for which, lines in before.items()})
     os.kill(program.pid, 9)
     os.waitpid(program.pid, 0)
     for which, lines in _steps(out).items():
-        assert len(lines) > len(before[which]) + 10
         assert [int(line[1]) for line in lines] == list(range(1, len(lines) + 1))
         assert {tuple(line[2:]) for line in lines} == {tuple(before[which][0][2:])}, "same pid and tid"
 

@@ -27,9 +27,10 @@ ACL = struct.pack("<I", 2) + b"".join(
 def places() -> Iterator[list[int]]:
     """The roots of three tmpfs that are attached nowhere."""
     mounts = [api.new_file_system("tmpfs", "test", ["size=64m"]) for _ in range(3)]
-    yield [os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=mount) for mount in mounts]
-    for mount in mounts:
-        os.close(mount)
+    roots = [os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=mount) for mount in mounts]
+    yield roots
+    for fd in (*roots, *mounts):
+        os.close(fd)
 
 
 def furnish(root: int) -> None:

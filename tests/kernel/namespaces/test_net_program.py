@@ -157,7 +157,6 @@ def test_a_pair_between_two_namespaces_of_a_tree(tmp_path: Path) -> None:
 
 
 def test_plugging_is_done_again_from_the_journal(bridge: None) -> None:
-    home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     home = Network(os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
     with closing(home), networks(2) as (source, destination), Namespace(home.net) as here:
         _ip(f"link add {_OUTER} type veth peer name {_INNER} netns /proc/{os.getpid()}/fd/{source.net}")

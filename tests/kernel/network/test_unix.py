@@ -163,8 +163,8 @@ def test_a_discarded_tree_leaves_no_file(lab: Lab, move: Move, tmp_path: Path) -
     undo.undo(entry)
     assert os.listdir(tmp_path) == ["s"]
     assert path.stat().st_ino == before
-    for fd in restoration.made.values():
-        os.close(fd)
+    for made in move.release():
+        made.close()
     listener.close()
 
 

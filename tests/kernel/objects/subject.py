@@ -18,6 +18,7 @@ from phaul_engine.errors import Blocker
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.pb import fdinfo_pb2
 from phaul_engine.objects import (  # noqa: F401  registers the kinds
+    carried_file,
     char_device,
     epoll,
     eventfd,
@@ -229,6 +230,7 @@ class Copy:
         """Close all descriptions."""
         for kind in descriptor_kinds():
             kind.release(self.restoration)
+        carried_file.forget(self.restoration)
         for fd in self.restoration.made.values():
             os.close(fd)
         self.restoration.made.clear()

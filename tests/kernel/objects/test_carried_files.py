@@ -62,7 +62,11 @@ def _check(place: Path) -> None:
 
 def _build(checkpoint: Checkpoint, content: bytes) -> Copy:
     copy = Copy(checkpoint)
-    copy.build()
+    try:
+        copy.build()
+    except RebuildError:
+        copy.close()
+        raise
     (record,) = checkpoint.records("memfd")
     page = content.ljust(4096, b"\0")
     os.pwrite(memfd.inode(record.message.inode_id, copy.restoration), page, 0)

@@ -45,9 +45,10 @@ class Seen:
         self.records = [Record(entry, b"") for entry in tree.order()]
         self.held: dict[int, int] = {}
 
-    def __del__(self) -> None:
-        for fd in self.held.values():
-            os.close(fd)
+    def close(self) -> None:
+        """Close what is held."""
+        while self.held:
+            os.close(self.held.popitem()[1])
 
 
 @dataclass
@@ -102,6 +103,8 @@ def collect(view: NamespaceView, collection: Collection) -> None:
         text = reader.mounts()
         seen = memory["seen"].get(view.number)
         if seen is None or seen.text != text or seen.blocked:
+            if seen is not None:
+                seen.close()
             seen = _look(view, reader, text, now, collection)
             memory["seen"][view.number] = seen
         else:
@@ -110,6 +113,12 @@ def collect(view: NamespaceView, collection: Collection) -> None:
         collection.checkpoint.adopt(IMAGE, view.number, seen.records)
         _collect_content(view, reader, seen, now, collection)
     now.trees.update((member.pid, seen.tree) for member in view.members)
+
+
+def close(memory: dict[str, Any]) -> None:
+    """Close what was kept open between passes, with the memory of them."""
+    for seen in memory.pop(_MEMORY, {}).get("seen", {}).values():
+        seen.close()
 
 
 def _own_mounts() -> bytes:
