@@ -329,7 +329,7 @@ class DestinationWorks:
         if self._arbiter is None:
             raise EngineError("there is no arbiter")
         if self._warming is not None:
-            await self._warming
+            await asyncio.wait({self._warming})  # called off, a claim must not take it along: the next waits for it too
         try:
             self._arbiter.decide("resumed")
         except OverruledError:

@@ -99,7 +99,7 @@ class Detaching(State):
 @dataclass(frozen=True)
 class Claiming(State):
     """Only with an arbiter: it is told that the program goes on here, before the row is. It may know before we do, so
-    from now on nothing but its answer counts, and the source's silence is no reason to give up."""
+    the source's silence is no reason to give up: only the arbiter's answer is, or the source's word that it goes on."""
 
     seconds: ClassVar[float | None] = 5.0
     row: ClassVar[Row | None] = Row.PARKED
@@ -354,6 +354,8 @@ def _claiming(state: Claiming, event: Event, limits: Limits) -> Step | None:
             return _resume()
         case Failed(Work.CLAIM, why, _, False):
             return _discard(Row.PARKED, why or "the arbiter has decided for the source")
+        case Received(Message.ABORT, why):
+            return _discard(Row.PARKED, why or "the source goes on")
         case Failed(Work.CLAIM) | Expired() if state.tries < limits.tries:
             return Step(Claiming(state.tries + 1), (Start(Work.CLAIM),))
         case Failed(Work.CLAIM) | Expired():

@@ -155,6 +155,7 @@ class Arbitrating(State):
     seconds: ClassVar[float | None] = 10.0
     row: ClassVar[Row | None] = Row.COMMITTED
     why: str = ""
+    tries: int = 1
 
 
 @dataclass(frozen=True)
@@ -419,6 +420,8 @@ def _arbitrating(state: Arbitrating, event: Event, limits: Limits) -> Step | Non
                 f"{state.why}, but by the arbiter's word the program goes on there; the copy here is kept until it does"
             )
             return Step(Ended(Outcome.IN_DOUBT, why, unfinished=True))
+        case Failed(Work.REVOKE) if state.tries < limits.tries:
+            return Step(Arbitrating(state.why, state.tries + 1), (Start(Work.REVOKE),))
         case Failed(Work.REVOKE) | Expired():
             return Step(Ended(Outcome.IN_DOUBT, f"{state.why}, nor does the arbiter", unfinished=True))
         case Received(Message.RESUMED | Message.DISCARDED) | Keep():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tests.hosts.host import Process
 from tests.subjects.programs import wait_until
 
 PORT = 2379
+DEADLINE = 5.5
+"""Seconds: a claim takes less (phaul.migration.destination.Claiming), the source waits for longer."""
 
 
 @pytest.fixture
@@ -130,6 +133,25 @@ def test_a_source_that_was_first_goes_on(hosts: Hosts, arbiter: Process) -> None
     scene.client.goes_on("requests", 20.0)
     hosts.b.kill(pid, signal.SIGCONT)
     mend_link(hosts)
+    scene.agrees(migration)
+    assert registers(hosts) == 0
+
+
+def test_a_claim_that_finds_the_arbiter_slow_is_made_again(hosts: Hosts, arbiter: Process) -> None:
+    """The destination is still reaching for the arbiter when the commit comes, and hangs until its deadline is over."""
+    scene = Scene.begin(hosts)
+    scene.arm(Role.SOURCE, "before work FREEZE", "hang")
+    scene.arm(Role.DESTINATION, "before work CLAIM", "hang")
+    process = scene.start()
+    source = wait_hung(hosts.a)
+    arbiter.send_signal(signal.SIGSTOP)
+    hosts.a.kill(source, signal.SIGCONT)
+    destination = wait_hung(hosts.b)
+    time.sleep(DEADLINE)
+    arbiter.send_signal(signal.SIGCONT)
+    hosts.b.kill(destination, signal.SIGCONT)
+    migration = scene.answer(process, 120.0)
+    assert migration.outcome == "migrated", f"{migration}\n{scene.told()}"
     scene.agrees(migration)
     assert registers(hosts) == 0
 

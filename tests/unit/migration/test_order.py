@@ -32,8 +32,8 @@ from phaul.migration import (
     states,
     step,
 )
-from phaul.migration.destination import Forgetting, Resumed, Syncing, Waking
-from phaul.migration.source import Copying, Freezing, Releasing, Undoing
+from phaul.migration.destination import Claiming, Forgetting, Resumed, Syncing, Waking
+from phaul.migration.source import Arbitrating, Copying, Freezing, Releasing, Undoing
 
 EVENTS: list[Event] = [
     *(Received(message) for message in Message),
@@ -117,3 +117,19 @@ def test_a_freeze_has_a_deadline_and_lets_go() -> None:
     after = step(Freezing(), Failed(Work.FREEZE, again=True), Limits())
     assert after.actions == (Start(Work.LET_GO),)
     assert not isinstance(step(Freezing(), Expired(), Limits()).state, Ended), "the row is told first"
+
+
+def test_a_source_that_goes_on_ends_a_claim() -> None:
+    """Whatever the arbiter would have said: it may not answer, and nobody else will tell."""
+    after = step(Claiming(), Received(Message.ABORT, "it goes on"), Limits(arbiter=True))
+    assert after.actions == (Swap(Row.PARKED, Row.DISCARDED, "it goes on"),)
+
+
+def test_an_arbiter_that_does_not_answer_is_asked_again() -> None:
+    limits = Limits(arbiter=True)
+    state: State = Arbitrating()
+    for _ in range(limits.tries - 1):
+        after = step(state, Failed(Work.REVOKE, again=True), limits)
+        assert after.actions == (Start(Work.REVOKE),)
+        state = after.state
+    assert isinstance(step(state, Failed(Work.REVOKE, again=True), limits).state, Ended)
