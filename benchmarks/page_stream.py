@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from phaul_engine.memory.extents import PAGE_SIZE, Extents, Place
@@ -156,9 +157,10 @@ def measure(size: int, repeats: int = _REPEATS) -> dict[str, float]:
     }
     for streams in (1, 2, 4):
         for codec in (Codec.RAW, Codec.AUTO):
-            runs[f"pages_{codec.name.lower()}_{streams}"] = lambda streams=streams, codec=codec: _in_children(
-                lambda port: _receive_pages(port, destination, source, size, streams),
-                lambda address: _send_pages(address, source, destination, size, streams, codec),
+            runs[f"pages_{codec.name.lower()}_{streams}"] = partial(
+                _in_children,
+                partial(_receive_pages, us=destination, them=source, size=size, streams=streams),
+                partial(_send_pages, us=source, them=destination, size=size, streams=streams, codec=codec),
             )
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):

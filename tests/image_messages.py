@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from hypothesis import strategies as st
 from phaul_engine.images.framing import Record, pack_ipc_messages
@@ -43,7 +43,7 @@ def _value(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
 
 
 @st.composite
-def _fields(draw: st.DrawFn, descriptor: Descriptor, depth: int) -> dict[str, Any]:
+def _fields(draw: st.DrawFn, descriptor: Any, depth: int) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in descriptor.fields:
         if field.is_required:

@@ -4,6 +4,7 @@ it along; what is in doubt is ended by `phaul resolve`."""
 from __future__ import annotations
 
 import signal
+from functools import partial
 
 import pytest
 
@@ -30,7 +31,7 @@ def finish(scene: Scene, crashed: Host) -> None:
     hosts = scene.hosts
     survivor = hosts.other(crashed)
     for role in (Role.SOURCE, Role.DESTINATION) if crashed is hosts.a else (Role.DESTINATION, Role.SOURCE):
-        wait_until(lambda role=role: not owned(scene, role), f"nobody works on the {role}", 150.0)
+        wait_until(partial(abandoned, scene, role), f"nobody works on the {role}", 150.0)
         for row in scene.rows(role):
             if row["ended"]:
                 continue
@@ -62,6 +63,10 @@ def finish(scene: Scene, crashed: Host) -> None:
 
 def owned(scene: Scene, role: Role) -> bool:
     return any(row["owned"] and not row["ended"] for row in scene.rows(role))
+
+
+def abandoned(scene: Scene, role: Role) -> bool:
+    return not owned(scene, role)
 
 
 def took_it_along(scene: Scene, crashed: Host) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import signal
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ class Program:
     def finish(self, scene: Scene, where: Host) -> None:
         self.check(where)
         for role in Role:
-            wait_until(lambda role=role: scene.ended(role), "all is over", 30.0)
+            wait_until(partial(scene.ended, role), "all is over", 30.0)
         where.kill(self.process.pid, signal.SIGKILL)
         wait_until(lambda: not where.alive(self.process.pid), "its end")
         scene.clear()

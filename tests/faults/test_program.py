@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +83,10 @@ while True:
 CHANGES = [(*step, how) for step in STEPS for how in ("fork", "exec")]
 
 
+def _filled(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
 @pytest.mark.parametrize(
     ("role", "point", "how"), every_run((*SELECTED, "fork"))(CHANGES), ids=lambda one: str(one).replace(" ", "-")
 )
@@ -107,7 +113,7 @@ def test_one_that_changes_moves_as_it_is_then(hosts: Hosts, role: Role, point: s
         said = directory / f"said.{name}"
         pid = int(said.read_text())
         said.unlink()
-        wait_until(lambda said=said: said.exists() and said.stat().st_size > 0, f"{name} goes on")
+        wait_until(partial(_filled, said), f"{name} goes on")
         assert int(said.read_text()) == pid
         where.kill(pid, signal.SIGKILL)
     scene.clear()

@@ -104,8 +104,8 @@ def little_memory(pids: list[int], bytes_: int) -> Iterator[None]:
     for pid in pids:
         (group / "cgroup.procs").write_text(str(pid))
     yield
-    for pid in (group / "cgroup.procs").read_text().split():
-        (place / homes.get(int(pid), "") / "cgroup.procs").write_text(pid)
+    for member in (group / "cgroup.procs").read_text().split():
+        (place / homes.get(int(member), "") / "cgroup.procs").write_text(member)
     wait_until(lambda: (group / "cgroup.procs").read_text() == "", "it is empty")
     group.rmdir()
 

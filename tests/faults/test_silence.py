@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,11 @@ POINTS = [  # role, where its agent is killed, where the program runs then, whet
 ]
 
 
+def _idle(host: Host) -> bool:
+    """Whether no agent is at work there."""
+    return not list(host.path("/run/phaul").glob("*.sock"))
+
+
 @pytest.mark.parametrize(
     ("role", "point", "runs_at"),
     [one[:3] for one in POINTS if one[3] or os.environ.get("PHAUL_ALL_FAULTS")],
@@ -85,6 +91,6 @@ def test_and_so_does_whatever_a_dead_agent_leaves(hosts: Hosts, role: Role, poin
     (directory / "fault").unlink()
     holder.check(hosts.a if runs_at == "a" else hosts.b)
     for host in (hosts.a, hosts.b):
-        wait_until(lambda host=host: not list(host.path("/run/phaul").glob("*.sock")), "nobody is at work", 30.0)
+        wait_until(partial(_idle, host), "nobody is at work", 30.0)
         for path in host.path("/run/phaul").glob("*.log"):
             path.unlink()

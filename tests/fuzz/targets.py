@@ -22,6 +22,7 @@ from phaul_engine.images.directory import ImageDirectory
 from phaul_engine.images.framing import decode, encode, parse_message
 from phaul_engine.images.kinds import KINDS
 from phaul_engine.images.pages import parse_runs
+from phaul_engine.images.pb import sk_opts_pb2
 from phaul_engine.memory import fingerprint
 from phaul_engine.network import lock, replay
 from phaul_engine.objects import seccomp, socket_options
@@ -34,6 +35,8 @@ from phaul.config import ConfigError, Settings, _read
 from phaul.errors import JournalError, PhaulError
 from phaul.journal import Row, Store, Task
 from phaul.migration import Message, Role
+from phaul.preflight import Answers, HostFacts, ProgramFacts
+from phaul.shipping import Shipped
 from phaul.transport import bootstrap, direct, hello
 from phaul.transport.control import HEADER, Channel, Frame, StreamLink
 from phaul.transport.pb.control_pb2 import Open
@@ -108,7 +111,7 @@ def _change_seeds() -> Iterable[bytes]:
 
 def _options(data: bytes) -> None:
     """The options of a socket."""
-    kind = socket_options.sk_opts_pb2.sk_opts_entry
+    kind = sk_opts_pb2.sk_opts_entry
     with contextlib.suppress(ImageError, *IMPOSSIBLE):  # the latter become a RebuildError
         socket_options.decode(parse_message(kind, data))
 
@@ -208,7 +211,7 @@ def _bodies(data: bytes) -> None:
     for read in (desk._content, session._request, session._answer):
         with contextlib.suppress(PhaulError):
             read(frame)
-    for kind in (desk.Standing, desk.Resolved, desk.HostFacts, desk.ProgramFacts, desk.Answers, desk.shipping.Shipped):
+    for kind in (desk.Standing, desk.Resolved, HostFacts, ProgramFacts, Answers, Shipped):
         with contextlib.suppress(PhaulError):
             desk._checked(kind, desk._content(frame))
     with contextlib.suppress(events.EventError):

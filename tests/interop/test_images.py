@@ -135,7 +135,7 @@ def test_criu_restores_what_we_have_written(criu: Path, program: subprocess.Pope
     dump, again = tmp_path / "dump", tmp_path / "again"
     dump.mkdir()
     again.mkdir()
-    command = [criu, "dump", "-t", str(program.pid), "-D", dump, "-o", "dump.log", "--file-locks"]
+    command: list[str | Path] = [criu, "dump", "-t", str(program.pid), "-D", dump, "-o", "dump.log", "--file-locks"]
     subprocess.run(command, capture_output=True, check=True, timeout=60)
     program.wait(timeout=10)
     checkpoint = Checkpoint.load(dump, pagemaps=False)

@@ -36,7 +36,18 @@ def test_phaul_sends_to_criu(criu: Path, tmp_path: Path) -> None:
         pages.mkdir()
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = str(free.getsockname()[1])
-        command = [criu, "page-server", "-D", pages, "-o", "server.log", "--address", "127.0.0.1", "--port", port]
+        command = [
+            str(criu),
+            "page-server",
+            "-D",
+            str(pages),
+            "-o",
+            "server.log",
+            "--address",
+            "127.0.0.1",
+            "--port",
+            port,
+        ]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL) as server:
             _until_it_listens(int(port))
             phaul("dump", "--pid", program.pid, "--images", images, "--page-server", f"127.0.0.1:{port}")

@@ -164,7 +164,7 @@ def request(pid: int, migration: str, **changes: object) -> Request:
     base = Request(
         migration, "pid", str(pid), "there", "127.0.0.1", wishes, 500.0, 10, 0, "none", 2, False, False, False
     )
-    return Request(**{**base.__dict__, **changes})  # type: ignore[arg-type]
+    return Request(**{**base.__dict__, **changes})
 
 
 async def link_to(path: Path) -> StreamLink:

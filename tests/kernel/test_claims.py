@@ -18,6 +18,7 @@ from phaul.errors import RefusedError
 from phaul.journal import Journal, Row, Store, Task, boot_id
 from phaul.migration import Role
 from phaul.migration import Row as State
+from phaul.preflight import Questions
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -82,7 +83,7 @@ def test_what_is_arriving_is_known_by_its_cgroup(store: Store, family: list[int]
             with claim(store, *family, role=Role.DESTINATION, cgroup=hold.path):
                 (found,) = claims.find(store, family[0])
                 assert "has just arrived" in str(found)
-                questions = facts.Questions(numbers={family[1]: "pid"})
+                questions = Questions(numbers={family[1]: "pid"})
                 assert f"which migration arriving-{os.getpid()} is making" in facts.answer(questions).taken[family[1]]
                 hold.disband()
                 assert claims.find(store, family[0]) == [], "from then on it is nobody's"

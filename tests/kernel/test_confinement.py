@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from phaul_engine.errors import EngineError, ImageError, RebuildError
@@ -47,7 +48,9 @@ def images(*, uid: int = UID, gid: int = GID, groups: tuple[int, ...] = (), capa
     """Of a tree of one process that is nobody else."""
     checkpoint = Checkpoint()
     checkpoint.put("pstree", None, pstree_pb2.pstree_entry(pid=100, ppid=0, pgid=100, sid=100, threads=[100]))
-    ids = dict.fromkeys(("uid", "euid", "suid", "fsuid"), uid) | dict.fromkeys(("gid", "egid", "sgid", "fsgid"), gid)
+    ids: dict[str, Any] = dict.fromkeys(("uid", "euid", "suid", "fsuid"), uid) | dict.fromkeys(
+        ("gid", "egid", "sgid", "fsgid"), gid
+    )
     creds = creds_pb2.creds_entry(**ids, groups=groups, secbits=0, cap_prm=[capabilities, 0])
     core = core_pb2.core_entry(mtype=core_pb2.core_entry.X86_64)
     core.thread_core.creds.CopyFrom(creds)
@@ -102,7 +105,14 @@ def test_root_opens_all_but_writes_only_where_it_may(place: Path) -> None:
 
 def ghost(checkpoint: Checkpoint, path: str, **changes: int) -> fdinfo_pb2.file_entry:
     entry = regular(checkpoint, 5, path)
-    head = {"uid": UID, "gid": GID, "mode": stat.S_IFREG | 0o600, "dev": 1, "ino": 1, "rdev": 0x100003} | changes
+    head: dict[str, Any] = {
+        "uid": UID,
+        "gid": GID,
+        "mode": stat.S_IFREG | 0o600,
+        "dev": 1,
+        "ino": 1,
+        "rdev": 0x100003,
+    } | changes
     checkpoint.put("ghost-file", 1, ghost_file_pb2.ghost_file_entry(**head))
     kind = remap_file_path_pb2.GHOST
     checkpoint.put(

@@ -164,7 +164,7 @@ func main() {
 def test_a_program_in_go_moves(tmp_path: Path) -> None:
     (tmp_path / "main.go").write_text(_GO)
     environment = os.environ | {"CGO_ENABLED": "0", "GOCACHE": str(tmp_path / "cache"), "GOFLAGS": "-mod=mod"}
-    command = ["go", "build", "-o", tmp_path / "program", tmp_path / "main.go"]
+    command = ["go", "build", "-o", str(tmp_path / "program"), str(tmp_path / "main.go")]
     subprocess.run(command, check=True, env=environment, cwd=tmp_path)
     out = tmp_path / "out"
     pid = _start(tmp_path / "program", out)

@@ -22,6 +22,7 @@ from phaul_engine.restore import restore
 from phaul_engine.target import Tracer
 
 from tests.kernel.hostile import demands
+from tests.kernel.hostile.breaking import Break
 
 _SUBJECT = Path(demands.__file__).with_name("subject.py")
 _SHARED_MEMORY = Path("/dev/shm/phaul-hostile-victim")
@@ -105,7 +106,7 @@ def _restore(images: Path) -> int:
         return restore(tracer, directory)
 
 
-def _broken(victim: Victim, make: demands.Break, place: Path) -> Path:
+def _broken(victim: Victim, make: Break, place: Path) -> Path:
     """The images with a change."""
     checkpoint = Checkpoint.load(victim.images)
     make(checkpoint)

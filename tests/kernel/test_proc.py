@@ -171,8 +171,7 @@ def test_unix_sockets(tmp_path: Path) -> None:
         assert found[inode(listener)].name == os.fsencode(path) + b"\0"
         assert found[inode(listener)].state == 10
         assert found[inode(listener)].waiting == (inode(client),)
-        assert found[inode(listener)].vfs is not None
-        assert found[inode(listener)].vfs[0] == path.stat().st_ino
+        assert (found[inode(listener)].vfs or (0, 0))[0] == path.stat().st_ino
         assert found[inode(client)].peer in (0, None)
         assert (found[inode(abstract)].name, found[inode(abstract)].peer) == (b"\0hidden", None)
 

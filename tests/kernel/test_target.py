@@ -189,7 +189,15 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A program that waits deep down in its stack."""
     directory = tmp_path_factory.mktemp("deep")
     (directory / "deep.c").write_text(_DEEP)
-    command = ["cc", "-O1", "-fno-stack-protector", "-pthread", "-o", directory / "deep", directory / "deep.c"]
+    command = [
+        "cc",
+        "-O1",
+        "-fno-stack-protector",
+        "-pthread",
+        "-o",
+        str(directory / "deep"),
+        str(directory / "deep.c"),
+    ]
     subprocess.run(command, check=True)
     return directory / "deep"
 

@@ -32,7 +32,7 @@ def set_action(number: int, handler: int, flags: int, mask: int) -> None:
 
 
 def actions() -> list[tuple[int, ...]]:
-    found = []
+    found: list[Any] = []
     for number in range(1, 65):
         room = ctypes.create_string_buffer(32)
         LIBC.syscall(NR_RT_SIGACTION, number, None, room, 8)
@@ -86,7 +86,7 @@ def block() -> None:
 
 def take_all() -> list[bytes]:
     mask = struct.pack("<Q", sum(1 << (number - 1) for number in WAITED))
-    found = []
+    found: list[Any] = []
     while True:
         info = ctypes.create_string_buffer(128)
         if LIBC.syscall(NR_RT_SIGTIMEDWAIT, mask, info, struct.pack("<QQ", 0, 0), 8) < 0:

@@ -18,6 +18,7 @@ from phaul_engine import vdso
 from phaul_engine.collect import Collector
 from phaul_engine.errors import RebuildError
 from phaul_engine.images.checkpoint import Checkpoint
+from phaul_engine.images.vma import Status
 from phaul_engine.proc.access import open_process
 from phaul_engine.proc.maps import Area, read_maps
 from phaul_engine.target import Tracer, stop_tree
@@ -127,7 +128,7 @@ def test_another_vdso_leads_to_the_local_one(reader: int, status: Path) -> None:
 
 def test_images_without_the_code_of_another_vdso_are_refused(reader: int, status: Path) -> None:
     checkpoint, pages = _take(reader)
-    code = next(vma for vma in checkpoint.one("mm", reader).vmas if vma.status & vdso.Status.VDSO)
+    code = next(vma for vma in checkpoint.one("mm", reader).vmas if vma.status & Status.VDSO)
     code.end -= 4096  # another size says that it is another one
     checkpoint.one("inventory").ClearField("phaul_vdso")
     with pytest.raises(RebuildError, match="another vDSO"):

@@ -65,7 +65,7 @@ def test_what_makes_no_sense_refuses_everything(file: Path, text: str, why: str)
     assert "refuses everything until its" in found.problem
     for direction in ("source", "destination"):
         with pytest.raises(PolicyError):
-            found.check(direction)  # type: ignore[arg-type]
+            found.check(direction)
 
 
 def test_what_others_can_write_refuses_everything(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

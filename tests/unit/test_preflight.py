@@ -11,6 +11,7 @@ import pytest
 from phaul_engine.probes import Probe
 
 from phaul import preflight
+from phaul.events import Finding
 from phaul.preflight import (
     Answers,
     CarriedFile,
@@ -186,9 +187,7 @@ def test_files_that_are_memory_need_a_place(existing: tuple[str, ...], expected:
 
 
 def test_what_the_survey_found_is_passed_on() -> None:
-    assert findings(local=(preflight.Finding("blocker", "state", "fd 7 is an io_uring", "close it"),)) == [
-        ("blocker", "state")
-    ]
+    assert findings(local=(Finding("blocker", "state", "fd 7 is an io_uring", "close it"),)) == [("blocker", "state")]
 
 
 @pytest.mark.parametrize(

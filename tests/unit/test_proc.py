@@ -98,8 +98,8 @@ def test_maps() -> None:
 
 def test_smaps() -> None:
     code, stack = parse_smaps(SMAPS)
-    assert (code.path, code.flags) == ("/usr/bin/cat", {"rd", "ex", "mr", "mw", "me"})
-    assert (stack.path, stack.flags) == ("[stack]", {"rd", "wr", "mr", "mw", "me", "gd", "ac"})
+    assert (code.path, code.flags) == ("/usr/bin/cat", frozenset({"rd", "ex", "mr", "mw", "me"}))
+    assert (stack.path, stack.flags) == ("[stack]", frozenset({"rd", "wr", "mr", "mw", "me", "gd", "ac"}))
     assert [area._replace(flags=frozenset()) for area in (code,)] == parse_maps(MAPS)[:1]
 
 

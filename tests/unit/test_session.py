@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ def together(
     agent: Agent,
     *,
     forward: Callable[[str, int], Awaitable[int]] = no_tunnel,
-    during: Callable[[Client, Link], Awaitable[None]] | None = None,
+    during: Callable[[Client, Link], Coroutine[Any, Any, None]] | None = None,
 ) -> tuple[events.Result, list[events.Event]]:
     """Run an agent and phaul against each other; the result and all events."""
     seen: list[events.Event] = []

@@ -46,8 +46,15 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> vdso.Code:
     directory = tmp_path_factory.mktemp("vdso")
     (directory / "other.c").write_text(_OTHER)
     (directory / "script").write_text(_SCRIPT)
-    flags = ["-shared", "-nostdlib", "-Wl,--hash-style=sysv", "-Wl,--build-id=none", "-Wl,-T", directory / "script"]
-    subprocess.run(["cc", *flags, "-o", directory / "other.so", directory / "other.c"], check=True)
+    flags = [
+        "-shared",
+        "-nostdlib",
+        "-Wl,--hash-style=sysv",
+        "-Wl,--build-id=none",
+        "-Wl,-T",
+        str(directory / "script"),
+    ]
+    subprocess.run(["cc", *flags, "-o", str(directory / "other.so"), str(directory / "other.c")], check=True)
     data = (directory / "other.so").read_bytes()
     return vdso.parse(data + bytes(-len(data) % 4096))
 
@@ -59,7 +66,7 @@ def _local() -> tuple[vdso.Local, int]:
     return here, int(line.split("-")[0], 16)
 
 
-def _place(code: vdso.Code, target: vdso.Code | None, target_at: int) -> tuple[mmap.mmap, int]:
+def _place(code: vdso.Code, target: vdso.Code | None, target_at: int) -> tuple[ctypes.CDLL, int]:
     """The code where jumps reach, and its address."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p

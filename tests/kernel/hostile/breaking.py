@@ -24,7 +24,7 @@ from phaul_engine.images.vma import Status
 
 from tests.unit.images.checkpoints import fill
 
-Break = Callable[[Checkpoint], object]
+Break = Callable[[Checkpoint], Any]
 
 MISPLACED, KIND, OFFSET = "which is misplaced", "(of an unknown kind|not of its kind)", "at offset"
 OTHER_TYPE, CANNOT_OPEN = "a file of another type here", "cannot open"
@@ -111,12 +111,13 @@ def add_file(c: Checkpoint, kind: int, member: str, open_in_root: bool = True, *
     c.put("files", None, fill(entry))
     fill(detail)
     if open_in_root:
-        c.put("fdinfo", ids(c).files_id, fdinfo_pb2.fdinfo_entry(id=number, flags=0, type=kind, fd=700))
+        one = fdinfo_pb2.fdinfo_entry(id=number, flags=0, type=kind, fd=700)  # type: ignore[arg-type]
+        c.put("fdinfo", ids(c).files_id, one)
     return number
 
 
 def add_named(c: Checkpoint, path: bytes, mode: int | None = None, flags: int = os.O_RDONLY) -> None:
-    add_file(c, fdinfo_pb2.REG, "reg", name=path, flags=flags, **({} if mode is None else {"mode": mode}))
+    add_file(c, fdinfo_pb2.REG, "reg", name=path, flags=flags, **({} if mode is None else {"mode": mode}))  # type: ignore[arg-type]
 
 
 def add_process(c: Checkpoint, pid: int, ppid: int, **others: int) -> None:

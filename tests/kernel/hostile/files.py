@@ -39,8 +39,10 @@ FILES: dict[str, tuple[str, Break]] = {
     "sort that nobody can make": ("cannot be made again", lambda c: add_file(c, fdinfo_pb2.BPFMAP, "bpf")),
     "descriptor of nothing": (
         "refers to file 4000000",
-        lambda c: c.put("fdinfo", ids(c).files_id, fdinfo_pb2.fdinfo_entry(id=UNKNOWN, flags=0, type=1, fd=99)),
-    ),  # type: ignore[arg-type]
+        lambda c: c.put(
+            "fdinfo", ids(c).files_id, fdinfo_pb2.fdinfo_entry(id=UNKNOWN, flags=0, type=fdinfo_pb2.REG, fd=99)
+        ),
+    ),
     "descriptor two billion": (
         "has descriptor 2147483647",
         lambda c: setattr(c.records("fdinfo", ids(c).files_id)[0].message, "fd", (1 << 31) - 1),

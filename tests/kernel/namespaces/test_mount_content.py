@@ -150,7 +150,7 @@ def test_tar_reads_ours_and_we_read_tars(places: list[int], tmp_path: Path) -> N
     assert facts(target) == facts(source)
     made = tmp_path / "tar.tar.gz"
     options = ["--gzip", "--one-file-system", "--check-links", "--preserve-permissions", "--sparse", "--numeric-owner"]
-    command = ["tar", "--create", *options, "--format=posix", "-f", made, "-C", f"/proc/self/fd/{source}", "."]
+    command = ["tar", "--create", *options, "--format=posix", "-f", str(made), "-C", f"/proc/self/fd/{source}", "."]
     subprocess.run(command, check=True, pass_fds=[source])
     archive.fill(third, archive.unpack(made.read_bytes()), SAME)
     assert facts(third) == facts(source)

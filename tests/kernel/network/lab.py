@@ -25,7 +25,7 @@ from phaul_engine.proc import access, fdinfo
 Result = TypeVar("Result")
 
 _REGISTERED = 10_000  # ids from here on are of descriptors that were on the way
-SERVICE = {socket.AF_INET: "10.99.0.100", socket.AF_INET6: "fd99::100"}
+SERVICE: dict[int, str] = {socket.AF_INET: "10.99.0.100", socket.AF_INET6: "fd99::100"}
 
 
 def ip(*words: str, ns: str = "") -> str:

@@ -35,7 +35,7 @@ signal.pause()
 def program(tmp_path: Path) -> Iterator[tuple[int, socket.socket]]:
     """A process with a connection to itself, and our duplicate of one end."""
     said, nothing = tmp_path / "said", subprocess.DEVNULL
-    words = [sys.executable, "-c", _PROGRAM, said]
+    words = [sys.executable, "-c", _PROGRAM, str(said)]
     child = subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
     wait_until(lambda: said.exists() and said.read_text().endswith("\n"), "it is there", 30.0)
     pidfd = os.pidfd_open(child.pid)

@@ -7,6 +7,7 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from phaul_engine.errors import RebuildError
@@ -145,7 +146,7 @@ def test_others_that_use_it(place: Path, how: str) -> None:
         wanted = "it has other names"
         other = None
     else:
-        words = ["python3", "-c", scripts[how], place / "file"]
+        words = ["python3", "-c", scripts[how], str(place / "file")]
         other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert other.stdout
         assert other.stdout.readline()
@@ -154,8 +155,9 @@ def test_others_that_use_it(place: Path, how: str) -> None:
     def setup() -> None:
         at(os.open(place / "file", os.O_RDWR), 10)
 
+    option: dict[str, Any] = {carried_file.OPTION: True}
     with started(setup) as subject:
-        (blocker,) = subject.collect(survey=True, **{carried_file.OPTION: True}).blockers
+        (blocker,) = subject.collect(survey=True, **option).blockers
         assert wanted in blocker.why
         assert not subject.collect(survey=True).blockers
         subject.go_on()

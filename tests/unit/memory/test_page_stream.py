@@ -9,7 +9,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from phaul_engine.memory.extents import PAGE_SIZE, Extent, Extents, Kind, Place
@@ -354,14 +354,15 @@ def test_what_is_refused_between_and_inside_rounds(object_fd: int) -> None:
     source, sink = page_pair(1)
     with source, sink:
         source.add(1, Place(0, object_fd))
-        for wrong in (
+        wrongs: tuple[Callable[[], object], ...] = (
             lambda: source.add(1, Place(0, object_fd)),
             lambda: source.remove(2),
             lambda: source.forget(2, 0, 4096),
             lambda: source.send(2, Extents.whole(0, 4096)),
             lambda: source.end(3),
             lambda: sink.remove(5),
-        ):
+        )
+        for wrong in wrongs:
             with pytest.raises(Exception, match=r"object|round"):
                 wrong()
         with pytest.raises(StreamError):

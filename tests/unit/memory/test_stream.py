@@ -37,12 +37,22 @@ def test_messages_arrive_whole_and_in_order() -> None:
         sending.result()
 
 
+def _send_all(end: Channel, blob: bytes) -> bool:
+    for _ in range(8):
+        end.send(blob, TIMEOUT)
+    return True
+
+
+def _receive_all(end: Channel) -> list[bytes]:
+    return [end.receive(TIMEOUT) for _ in range(8)]
+
+
 def test_both_ends_may_talk_at_once() -> None:
     near, far = control_pair()
     blob = os.urandom(1 << 20)
     with near, far, ThreadPoolExecutor(4) as pool:
-        sending = [pool.submit(lambda end=end: [end.send(blob, TIMEOUT) for _ in range(8)]) for end in (near, far)]
-        receiving = [pool.submit(lambda end=end: [end.receive(TIMEOUT) for _ in range(8)]) for end in (near, far)]
+        sending = [pool.submit(_send_all, end, blob) for end in (near, far)]
+        receiving = [pool.submit(_receive_all, end) for end in (near, far)]
         assert all(job.result() == [blob] * 8 for job in receiving)
         assert all(job.result() for job in sending)
 

@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.unit.migration.clock import Clock
 from tests.unit.migration.simulation import simulate
@@ -21,7 +22,7 @@ from tests.unit.migration.simulation import simulate
 _PART = 5000
 
 
-def run_part(first: int, count: int) -> dict[str, object]:
+def run_part(first: int, count: int) -> dict[str, Any]:
     """What came of the seeds from `first` on."""
     begun, clock = time.monotonic(), Clock()
     seen, wrong = collections.Counter[str](), list[str]()

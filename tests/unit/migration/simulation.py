@@ -27,7 +27,7 @@ from phaul.migration import Row as Says
 from phaul.migration.destination import begin as begin_destination
 from phaul.migration.source import begin as begin_source
 from phaul.recovery import Recovery
-from phaul.transport.direct import Kind, Letter
+from phaul.transport.direct import Direct, Kind, Letter
 from tests.unit.migration.clock import Clock
 
 BOOT = boot_id()
@@ -101,6 +101,10 @@ class End:
         self.cut = False
         self.other: End | None = None
         self.handler: Callable[[Letter], None] | None = None
+
+    def has_news(self) -> bool:
+        """Whether there is anything to take, or never will be."""
+        return self.cut or bool(self._inbox)
 
     def send_protocol(self, message: Message, why: str = "") -> None:
         if self.cut:
@@ -262,7 +266,7 @@ class Agent:
             end = self.world.connect()
             if end is not None:
                 self.link = end
-                self.start(self.driver.listen(end))
+                self.start(self.driver.listen(cast("Direct", end)))
                 return
             await asyncio.sleep(0.3)
 
@@ -527,7 +531,7 @@ class Simulation:
             end = self.connect()
             if end is not None:
                 end.send_protocol(message)
-                while self.clock.pump(deadline, lambda end=end: end.cut or end._inbox):
+                while self.clock.pump(deadline, end.has_news):
                     letter = end.take()
                     if letter is None:
                         break

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from phaul.migration import (
     Done,
@@ -120,8 +120,9 @@ def host(world: World, role: Role) -> Host:
     return world.source if role is SOURCE else world.destination
 
 
-def with_host(world: World, role: Role, **changes: object) -> World:
-    return world._replace(**{role.value: host(world, role)._replace(**changes)})
+def with_host(world: World, role: Role, **changes: Any) -> World:
+    changed: dict[str, Any] = {role.value: host(world, role)._replace(**changes)}
+    return world._replace(**changed)
 
 
 def moves(world: World) -> Iterator[Move]:
