@@ -122,11 +122,13 @@ def test_a_superseded_work_is_stopped_before_the_next_begins(tmp_path: Path) -> 
 
     async def main() -> Ended:
         driver = Driver(begin(), party)
-        loop = asyncio.get_running_loop()
-        loop.call_later(0.05, driver.post, welcome)
-        loop.call_later(0.15, driver.post, Cancel())
-        async with asyncio.timeout(10):
-            return await driver.run()
+        asyncio.get_running_loop().call_later(0.05, driver.post, welcome)
+        async with asyncio.timeout(30):
+            running = asyncio.create_task(driver.run())
+            while not order:
+                await asyncio.sleep(0.01)
+            driver.post(Cancel())
+            return await running
 
     assert asyncio.run(main()).outcome is Outcome.CANCELLED
     assert order == ["begun", "over", "undo"]
