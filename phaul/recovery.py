@@ -156,6 +156,7 @@ class Deeds:
                 self._thaw()
                 if work is Work.UNDO:
                     self._disband()
+                    self._tell("facts", lambda workload, facts: workload.let_go(facts))
             case Work.RELEASE:
                 self._kill()
                 self._leave_addresses()

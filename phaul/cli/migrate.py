@@ -22,6 +22,7 @@ Words = Annotated[
     typer.Argument(metavar="[PID] [USER@]HOST[:PORT]", help="The first process of the program; where to, as for ssh."),
 ]
 Runc = Annotated[str | None, typer.Option("--runc", metavar="ID", help="In place of PID: a container of runc or crun.")]
+Unit = Annotated[str | None, typer.Option("--unit", metavar="NAME", help="In place of PID: a service of systemd.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what stands in the way.")]
 MaxDowntime = Annotated[str | None, typer.Option(metavar="MS", help="The downtime that is good enough.")]
 MaxRounds = Annotated[int | None, typer.Option(metavar="N", help="Rounds of copying before the switchover.")]
@@ -47,6 +48,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Go on in spite of warnin
 def migrate(
     words: Words,
     runc: Runc = None,
+    unit: Unit = None,
     dry_run: DryRun = False,
     max_downtime: MaxDowntime = None,
     max_rounds: MaxRounds = None,
@@ -94,7 +96,7 @@ def migrate(
     from phaul.cli.view import view
     from phaul.transport.ssh_config import Destination
 
-    workload, subject, host = _what(words, {"oci": runc})
+    workload, subject, host = _what(words, {"oci": runc, "unit": unit})
     order = orchestrator.Order(
         workload=workload,
         subject=subject,

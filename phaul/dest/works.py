@@ -30,7 +30,7 @@ from phaul_engine.network import replay
 from phaul_engine.network.address import Address
 from phaul_engine.network.announce import Announcer
 from phaul_engine.network.replay import Injector
-from phaul_engine.objects import carried_file, confinement, sysv_shm, unix_socket, waking
+from phaul_engine.objects import carried_file, confinement, journal_stream, sysv_shm, unix_socket, waking
 from phaul_engine.target import Tracer
 
 from phaul import config, events, policy, workloads
@@ -274,7 +274,11 @@ class DestinationWorks:
         self.journal.note(cgroup=f"{parent.rstrip('/')}/{name}")
         self._cgroup = cgroup.Hold.create(hierarchy, parent, name)
         self._prepare_network(moved)
-        options = {**self._settings.get("options", {}), confinement.OPTION: self._gate.confinement}
+        options = {
+            **self._settings.get("options", {}),
+            confinement.OPTION: self._gate.confinement,
+            journal_stream.UNIT: os.path.basename(parent),  # the unit that the tree lives in
+        }
         self._landing = Landing(
             self._tracer,
             self._survey,

@@ -36,7 +36,7 @@ from phaul_engine.proc.access import open_process
 from phaul_engine.proc.tree import read_tree
 from phaul_engine.target import Tracer
 
-from phaul import claims, config, events, policy
+from phaul import claims, config, events, policy, workloads
 from phaul.config import SLEEPS
 from phaul.driver import blocking
 from phaul.errors import ArbiterError
@@ -240,6 +240,8 @@ class SourceWorks:
         with claims.exclusively(self._store):
             claims.refuse(self._store, self._orders.root)
             self.journal = self._store.create(row)
+        if self._orders.workload != "pid":
+            workloads.of(self._orders.workload).hold(self._orders.facts)
         self._cgroup = cgroup.Hold.create(hierarchy, parent, name)
         self._cgroup.gather(self._pids)
         self._prepare_network()
@@ -517,7 +519,8 @@ class SourceWorks:
             replay.give_back(network.hold.tap)
         self._departure.let_go()
         if self._cgroup is not None:
-            self._thaw(self._cgroup)
+            with contextlib.suppress(cgroup.HoldGoneError):  # removed with the one above it, when all had ended
+                self._thaw(self._cgroup)
         self.calm()
         if self._direct is not None:
             with contextlib.suppress(EngineError, OSError):

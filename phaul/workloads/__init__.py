@@ -11,10 +11,11 @@ from phaul.errors import UsageError
 from .base import Found, Workload
 from .oci import Oci
 from .plain import Plain
+from .unit import Unit
 
 __all__ = ["Found", "Workload", "of"]
 
-_KINDS: dict[str, Workload] = {kind.kind: kind for kind in (Plain(), Oci())}
+_KINDS: dict[str, Workload] = {kind.kind: kind for kind in (Plain(), Oci(), Unit())}
 
 
 def of(kind: str) -> Workload:

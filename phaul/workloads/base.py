@@ -49,5 +49,13 @@ class Workload(ABC):
     def withdraw(self, notes: dict[str, Any]) -> None:
         """At the destination, when the copy is dead: undo `prepare`. Doing it twice does no harm."""
 
+    def hold(self, facts: dict[str, Any]) -> None:
+        """At the source, before it is frozen: whatever happens to it, the runtime starts no other one in its place, and
+        ends none, until `give_up` or `let_go`. PhaulError if that fails."""
+
+    def let_go(self, facts: dict[str, Any]) -> None:
+        """At the source, when it stays: undo `hold`. Doing it twice, or where nothing was held, does no
+        harm."""
+
     def give_up(self, facts: dict[str, Any]) -> None:
         """At the source, when the copy here is dead: the runtime forgets it. Doing it twice does no harm."""

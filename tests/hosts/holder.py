@@ -1,6 +1,6 @@
 """The process that makes the hosts and holds them together.
 
-    python -S -E -c '...; main(...)' STATE CGROUP
+    python -S -E -c '...; main(...)' STATE CGROUP [systemd]
 
 It stands for the switch: its network namespace has the bridge. For each host it forks a keeper, which enters the
 host's cgroup, leaves for new namespaces and forks the host's process 1 (`tests.hosts.init`). When every host is up it
@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tests.hosts import init, syscalls
@@ -89,13 +90,14 @@ def _plug(spec: HostSpec, pid: int) -> list[str]:
     ]
 
 
-def main(state_text: str, cgroup_text: str) -> None:
+def main(state_text: str, cgroup_text: str, *process_1: str) -> None:
     """Make the hosts, say so, and wait to be killed."""
     state, cgroup = Path(state_text), Path(cgroup_text)
     syscalls.prctl(syscalls.PR_SET_NAME, b"hosts-holder")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     syscalls.unshare(syscalls.CLONE_NEWNET)
-    started = {spec.name: _fork_host(spec, state, cgroup) for spec in HOSTS}
+    specs = [replace(spec, systemd=spec.sshd and "systemd" in process_1) for spec in HOSTS]
+    started = {spec.name: _fork_host(spec, state, cgroup) for spec in specs}
     lines = ["link add br0 type bridge stp_state 0 forward_delay 0 mcast_snooping 0", "link set br0 up"]
     for spec in HOSTS:
         lines += _plug(spec, started[spec.name][0])

@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tests.hosts import audit, syscalls
+from tests.hosts import audit, service_manager, syscalls
 from tests.hosts.rootfs import build_root
 from tests.hosts.spec import DEVICE, HOME, PREFIX4, PREFIX6, SERVICE4, SERVICE6, HostSpec
 
@@ -305,7 +305,7 @@ def _reset_network(spec: HostSpec, *, service: bool = True) -> None:
 
 
 def main(spec: HostSpec, state: Path, listener: socket.socket, go: int) -> NoReturn:
-    """Process 1 of `spec`; never returns."""
+    """Process 1 of `spec`, or the child of a process 1 that becomes systemd; never returns."""
     try:
         syscalls.prctl(syscalls.PR_SET_NAME, b"init")
         os.setsid()
@@ -316,6 +316,8 @@ def main(spec: HostSpec, state: Path, listener: socket.socket, go: int) -> NoRet
         os.read(go, 1)
         os.close(go)
         _set_up_network(spec)
+        if spec.systemd:
+            service_manager.boot()
         host = Init(spec, state, listener)
         if spec.sshd:
             host.start_sshd()

@@ -76,7 +76,7 @@ def missing() -> str | None:
     return None
 
 
-def _start(lease: Lease) -> Hosts:
+def _start(lease: Lease, process_1: str) -> Hosts:
     state = lease.directory
     (state / "shared").mkdir()
     write_accounts(state)
@@ -87,7 +87,7 @@ def _start(lease: Lease) -> Hosts:
     )
     with (state / "holder.log").open("wb") as log:
         holder = subprocess.Popen(
-            [virtual_environment() / "bin" / "python", "-S", "-E", "-B", "-c", code, state, lease.cgroup],
+            [virtual_environment() / "bin" / "python", "-S", "-E", "-B", "-c", code, state, lease.cgroup, process_1],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -107,8 +107,9 @@ def _start(lease: Lease) -> Hosts:
     return attach(lease.name)
 
 
-def up(name: str, *, keep: bool = False) -> Hosts:
-    """Make the hosts of that name; those of a dead owner are cleared away first.
+def up(name: str, *, keep: bool = False, systemd: bool = False) -> Hosts:
+    """Make the hosts of that name; those of a dead owner are cleared away first. With `systemd`, that is process 1 of a
+    and b; such hosts cannot be reset.
 
     Raises HostError when they do not start, BlockingIOError when a living owner has some of that name.
     """
@@ -119,7 +120,7 @@ def up(name: str, *, keep: bool = False) -> Hosts:
     lease = Lease(name)
     lease.make(keep=keep)
     try:
-        return _start(lease)
+        return _start(lease, "systemd" if systemd else "")
     except BaseException:
         lease.release()
         raise
@@ -144,10 +145,10 @@ def down(name: str) -> None:
 
 
 @contextmanager
-def two_hosts(name: str | None = None) -> Iterator[Hosts]:
+def two_hosts(name: str | None = None, *, systemd: bool = False) -> Iterator[Hosts]:
     """Hosts for the length of a `with`; removed whatever happens, and by the next run if this one is killed."""
     name = name or f"run-{os.getpid()}"
-    hosts = up(name)
+    hosts = up(name, systemd=systemd)
     lease = hosts.lease
     try:
         yield hosts

@@ -18,7 +18,8 @@ OPERATOR = "operator"
 @dataclass(frozen=True)
 class HostSpec:
     """One host: `number` is the last part of its addresses, `first_pid` where its PIDs begin, so that those of
-    two hosts never meet; the offsets (seconds) are those of its time namespace, None without one."""
+    two hosts never meet; the offsets (seconds) are those of its time namespace, None without one. With `systemd`, that
+    is its process 1."""
 
     name: str
     number: int
@@ -26,6 +27,7 @@ class HostSpec:
     sshd: bool = True
     monotonic: int | None = None
     boottime: int | None = None
+    systemd: bool = False
 
     @property
     def address(self) -> str:

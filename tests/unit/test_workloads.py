@@ -14,7 +14,7 @@ import pytest
 
 from phaul import workloads
 from phaul.errors import PhaulError, UsageError
-from phaul.workloads import oci
+from phaul.workloads import oci, systemd
 
 CONFIG = {"root": {"path": "rootfs"}}
 
@@ -116,3 +116,19 @@ def test_what_is_not_there_cannot_move(bundle: Path) -> None:
         workloads.of("pid").find("web")
     with pytest.raises(UsageError, match="moving a vz"):
         workloads.of("vz")
+
+
+def test_names_of_services_are_checked() -> None:
+    for name in ("../x", "x y", "a/b.service", ".service", "x.socket"):
+        with pytest.raises(UsageError):
+            workloads.of("unit").find(name)
+        with pytest.raises(UsageError):
+            workloads.of("unit").examine({"name": name})
+
+
+@pytest.mark.parametrize(
+    ("text", "microseconds"),
+    [("0", 0), ("3s", 3_000_000), ("1min 30s", 90_000_000), ("500ms", 500_000), ("infinity", systemd.FOREVER)],
+)
+def test_time_spans_of_systemd_are_read(text: str, microseconds: int) -> None:
+    assert systemd.span(text) == microseconds

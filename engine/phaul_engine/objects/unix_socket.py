@@ -2,7 +2,8 @@
 
 Who is connected to whom is told by sock_diag. Both ends of a connection inside the tree are made together; an end that
 is outside cannot be carried and is a blocker, except for datagram sockets, which are connected again to the same name
-(/dev/log). A peer that is gone is made and closed again, so that what it left behind can be read first.
+(/dev/log), and streams to the journal (journal_stream.py). A peer that is gone is made and closed again, so that what
+it left behind can be read first.
 
 Listeners listen early: their files are hidden until `release` publishes them (unix_names.py). An abstract name that is
 free at the destination is taken early, since nothing else would reserve it.
@@ -26,7 +27,7 @@ from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.pb import fdinfo_pb2, sk_opts_pb2, sk_unix_pb2
 from phaul_engine.proc.sock_diag import DiagSocket, UnixSocket
 
-from . import inet, mounted, pipe, socket_options, socket_queue, staged, unix_credentials, unix_names
+from . import inet, journal_stream, mounted, pipe, socket_options, socket_queue, staged, unix_credentials, unix_names
 from .base import Collection, Descriptor, DescriptorKind, Owner, Restoration, descriptor_kind
 from .description import settle_status, signal_owner, status_flags
 from .tcp_stream import State
@@ -124,6 +125,8 @@ class Unix(DescriptorKind):
                 self._waiting(descriptor, usk, diag, notes, collection)
             elif diag.peer and diag.peer in notes.found:
                 usk.peer = diag.peer
+            elif diag.peer and journal_stream.collect(diag.peer, usk, collection):
+                continue
             elif diag.peer and not pipe.waits(collection):
                 _block_outsider(descriptor, usk, diag.peer, collection)
             elif diag.state == State.ESTABLISHED and usk.type != socket.SOCK_DGRAM and not _waits_or_over(usk, notes):
@@ -182,6 +185,8 @@ class Unix(DescriptorKind):
             return sock
         if usk.phaul_waits_at:
             return _connect_to(usk, usk.phaul_waits_at, restoration)
+        if usk.HasField("phaul_journal"):
+            return journal_stream.connect(usk, restoration)
         peer = _entry_by_inode(usk.peer, restoration) if usk.peer else None
         nameless = usk.phaul_peer_gone and not usk.phaul_peer_name  # of a pair, then
         if usk.type == socket.SOCK_DGRAM and not nameless and not _paired(usk, peer):
@@ -375,6 +380,7 @@ def _relation(usk: sk_unix_pb2.unix_sk_entry) -> tuple[object, ...]:
     return (
         *(usk.type, usk.state, usk.peer, usk.name, usk.deleted, usk.phaul_path),
         *(usk.phaul_peer_name, usk.phaul_peer_gone, usk.phaul_waits_at, usk.phaul_reset),
+        usk.phaul_journal.SerializeToString(deterministic=True),
         not usk.peer and usk.shutdown,
     )
 

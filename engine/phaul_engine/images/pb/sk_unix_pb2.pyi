@@ -18,8 +18,26 @@ class file_perms_entry(_message.Message):
     gid: int
     def __init__(self, mode: _Optional[int] = ..., uid: _Optional[int] = ..., gid: _Optional[int] = ...) -> None: ...
 
+class phaul_journal_entry(_message.Message):
+    __slots__ = ("identifier", "unit", "priority", "level_prefix", "to_syslog", "to_kmsg", "to_console")
+    IDENTIFIER_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    TO_SYSLOG_FIELD_NUMBER: _ClassVar[int]
+    TO_KMSG_FIELD_NUMBER: _ClassVar[int]
+    TO_CONSOLE_FIELD_NUMBER: _ClassVar[int]
+    identifier: bytes
+    unit: bytes
+    priority: int
+    level_prefix: bool
+    to_syslog: bool
+    to_kmsg: bool
+    to_console: bool
+    def __init__(self, identifier: _Optional[bytes] = ..., unit: _Optional[bytes] = ..., priority: _Optional[int] = ..., level_prefix: _Optional[bool] = ..., to_syslog: _Optional[bool] = ..., to_kmsg: _Optional[bool] = ..., to_console: _Optional[bool] = ...) -> None: ...
+
 class unix_sk_entry(_message.Message):
-    __slots__ = ("id", "ino", "type", "state", "flags", "uflags", "backlog", "peer", "fown", "opts", "name", "shutdown", "file_perms", "name_dir", "deleted", "ns_id", "mnt_id", "phaul_path", "phaul_peer_name", "phaul_peer_gone", "phaul_waits_at", "phaul_peer_cred", "phaul_reset")
+    __slots__ = ("id", "ino", "type", "state", "flags", "uflags", "backlog", "peer", "fown", "opts", "name", "shutdown", "file_perms", "name_dir", "deleted", "ns_id", "mnt_id", "phaul_path", "phaul_peer_name", "phaul_peer_gone", "phaul_waits_at", "phaul_peer_cred", "phaul_journal", "phaul_reset")
     ID_FIELD_NUMBER: _ClassVar[int]
     INO_FIELD_NUMBER: _ClassVar[int]
     TYPE_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +60,7 @@ class unix_sk_entry(_message.Message):
     PHAUL_PEER_GONE_FIELD_NUMBER: _ClassVar[int]
     PHAUL_WAITS_AT_FIELD_NUMBER: _ClassVar[int]
     PHAUL_PEER_CRED_FIELD_NUMBER: _ClassVar[int]
+    PHAUL_JOURNAL_FIELD_NUMBER: _ClassVar[int]
     PHAUL_RESET_FIELD_NUMBER: _ClassVar[int]
     id: int
     ino: int
@@ -65,5 +84,6 @@ class unix_sk_entry(_message.Message):
     phaul_peer_gone: bool
     phaul_waits_at: int
     phaul_peer_cred: _sk_packet_pb2.sk_ucred_entry
+    phaul_journal: phaul_journal_entry
     phaul_reset: bool
-    def __init__(self, id: _Optional[int] = ..., ino: _Optional[int] = ..., type: _Optional[int] = ..., state: _Optional[int] = ..., flags: _Optional[int] = ..., uflags: _Optional[int] = ..., backlog: _Optional[int] = ..., peer: _Optional[int] = ..., fown: _Optional[_Union[_fown_pb2.fown_entry, _Mapping]] = ..., opts: _Optional[_Union[_sk_opts_pb2.sk_opts_entry, _Mapping]] = ..., name: _Optional[bytes] = ..., shutdown: _Optional[_Union[_sk_opts_pb2.sk_shutdown, str]] = ..., file_perms: _Optional[_Union[file_perms_entry, _Mapping]] = ..., name_dir: _Optional[bytes] = ..., deleted: _Optional[bool] = ..., ns_id: _Optional[int] = ..., mnt_id: _Optional[int] = ..., phaul_path: _Optional[bytes] = ..., phaul_peer_name: _Optional[bytes] = ..., phaul_peer_gone: _Optional[bool] = ..., phaul_waits_at: _Optional[int] = ..., phaul_peer_cred: _Optional[_Union[_sk_packet_pb2.sk_ucred_entry, _Mapping]] = ..., phaul_reset: _Optional[bool] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., ino: _Optional[int] = ..., type: _Optional[int] = ..., state: _Optional[int] = ..., flags: _Optional[int] = ..., uflags: _Optional[int] = ..., backlog: _Optional[int] = ..., peer: _Optional[int] = ..., fown: _Optional[_Union[_fown_pb2.fown_entry, _Mapping]] = ..., opts: _Optional[_Union[_sk_opts_pb2.sk_opts_entry, _Mapping]] = ..., name: _Optional[bytes] = ..., shutdown: _Optional[_Union[_sk_opts_pb2.sk_shutdown, str]] = ..., file_perms: _Optional[_Union[file_perms_entry, _Mapping]] = ..., name_dir: _Optional[bytes] = ..., deleted: _Optional[bool] = ..., ns_id: _Optional[int] = ..., mnt_id: _Optional[int] = ..., phaul_path: _Optional[bytes] = ..., phaul_peer_name: _Optional[bytes] = ..., phaul_peer_gone: _Optional[bool] = ..., phaul_waits_at: _Optional[int] = ..., phaul_peer_cred: _Optional[_Union[_sk_packet_pb2.sk_ucred_entry, _Mapping]] = ..., phaul_journal: _Optional[_Union[phaul_journal_entry, _Mapping]] = ..., phaul_reset: _Optional[bool] = ...) -> None: ...
