@@ -125,7 +125,7 @@ def test_a_superseded_work_is_stopped_before_the_next_begins(tmp_path: Path) -> 
         asyncio.get_running_loop().call_later(0.05, driver.post, welcome)
         async with asyncio.timeout(30):
             running = asyncio.create_task(driver.run())
-            while not order:
+            while not order:  # noqa: ASYNC110 - what is waited for is no event
                 await asyncio.sleep(0.01)
             driver.post(Cancel())
             return await running
