@@ -236,6 +236,7 @@ class Desk:
     def _program(self, content: dict[str, Any]) -> dict[str, Any]:
         """Facts of a program, with a token beside each file that it writes, kept until they are not needed."""
         from phaul import facts, workloads
+        from phaul.haul import trees
         from phaul.journal import Store
 
         self._kept.close()
@@ -244,8 +245,11 @@ class Desk:
         self._gate.demand("source", Incoming(uids=facts.uids_of(workload.pid), workload=kind))
         found = facts.program_facts(workload.pid, dict(content.get("options", {})), Store(self._state_directory))
         self._told = {file.path for file in found.questions.needed}
-        questions = replace(found.questions, workload=kind, facts=workload.facts)
+        haul = bool(content.get("haul"))
+        asked = [trees.describe(path, counted=haul) for path in workload.trees]
+        questions = replace(found.questions, workload=kind, facts=workload.facts, haul=haul)
         questions = self._kept.enter_context(facts.tokens(questions))
+        questions = replace(questions, trees=self._kept.enter_context(trees.with_tokens(asked)))
         findings = (*workload.findings, *found.findings)
         return asdict(replace(found, questions=questions, findings=findings, pid=workload.pid))
 
@@ -382,9 +386,10 @@ class Visitor:
         """What the host is and can do."""
         return await self._ask(Kind.HOST, {}, HostFacts)
 
-    async def program(self, workload: str, subject: str, options: dict[str, Any]) -> ProgramFacts:
-        """What a program there needs, and what cannot be moved of it. It is stopped for some milliseconds."""
-        content = {"workload": workload, "subject": subject, "options": options}
+    async def program(self, workload: str, subject: str, options: dict[str, Any], *, haul: bool) -> ProgramFacts:
+        """What a program there needs, and what cannot be moved of it. It is stopped for some milliseconds. `haul`: its
+        trees are to be sent."""
+        content = {"workload": workload, "subject": subject, "options": options, "haul": haul}
         return await self._ask(Kind.PROGRAM, content, ProgramFacts)
 
     async def answer(self, questions: Questions) -> Answers:

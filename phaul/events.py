@@ -119,6 +119,14 @@ class Prepared(Event, name="prepared"):
 
 
 @dataclass(frozen=True)
+class Hauled(Event, name="hauled"):
+    """The directories that go along are there, as they were a moment ago; what changes in them goes with the rounds."""
+
+    bytes: int
+    ms: float
+
+
+@dataclass(frozen=True)
 class RoundStarted(Event, name="round-started"):
     """Round `number` (from 0) sends `pages` pages."""
 

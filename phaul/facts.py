@@ -31,6 +31,7 @@ from phaul import __version__, claims, config, workloads
 from phaul.config import SLEEPS
 from phaul.errors import StayedError, UsageError
 from phaul.events import Finding
+from phaul.haul import trees
 from phaul.journal import Store
 from phaul.preflight import (
     Answers,
@@ -393,6 +394,8 @@ def answer(questions: Questions) -> Answers:
         with contextlib.suppress(OSError):
             size = os.stat(file.path).st_size
             files[file.path] = FileAnswer(size, file_hash(file.path) if size == file.size else "")
+    found = {one.path: trees.answer(one) for one in questions.trees}
+    hauled = trees.hauled(questions.trees, found) if questions.haul else ()
     return Answers(
         taken={number: numbers[number] + _arriving(number) for number in questions.numbers if number in numbers},
         files=files,
@@ -401,7 +404,8 @@ def answer(questions: Questions) -> Answers:
         occupied=tuple(_occupied(questions.endpoints)),
         existing=tuple(_existing(paths)),
         lacking=missing_features(questions.features),
-        workload=tuple(workloads.of(questions.workload).examine(questions.facts)),
+        workload=tuple(workloads.of(questions.workload).examine(questions.facts, hauled)),
+        trees=found,
     )
 
 

@@ -21,6 +21,7 @@ from phaul.config import MovedAddress, Settings
 from phaul.desk import Standing, Visitor
 from phaul.errors import CancelledError, InDoubtError, PhaulError, RefusedError
 from phaul.events import Finding, Result, Sink
+from phaul.haul import trees
 from phaul.policy import Incoming
 from phaul.preflight import HostFacts, NeededFile, ProgramFacts, Wishes, compare, unshared
 from phaul.session import Client, Request
@@ -67,12 +68,14 @@ class _Hosts:
 @dataclass
 class _Examined:
     """What both hosts have answered. `missing` are files to be sent before, `carried` the directories whose written
-    files go with the program."""
+    files go with the program, `hauled` those that go as a whole, `rsync` whether that has both."""
 
     pid: int
     findings: list[Finding]
     missing: list[NeededFile] = field(default_factory=list)
     carried: tuple[str, ...] = ()
+    hauled: tuple[str, ...] = ()
+    rsync: bool = False
 
 
 async def migrate(order: Order, settings: Settings, sink: Sink) -> Result:
@@ -93,7 +96,8 @@ async def migrate(order: Order, settings: Settings, sink: Sink) -> Result:
                 return Result("stayed", examined.pid, reason="dry run: nothing stands in the way")
             if findings and not order.confirm(tuple(findings)):
                 raise CancelledError("called off because of warnings", where="it runs here, untouched")
-            request = replace(_request(migration, order, settings, hosts, wishes), carried=examined.carried)
+            request = _request(migration, order, settings, hosts, wishes)
+            request = replace(request, carried=examined.carried, hauled=examined.hauled, rsync=examined.rsync)
             async with _shipped(examined.missing, hosts, sink) as kept:
                 result = await _run(request, hosts, sink, interrupts)
                 kept.set_result(result.outcome not in _STAYED)
@@ -162,7 +166,7 @@ async def _examine(migration: str, order: Order, settings: Settings, hosts: _Hos
     try:
         source, at_source = await ask(hosts.here, "source")
         options = {"shell_job": settings.migrate.shell_job}
-        program = await hosts.here.program(order.workload, order.subject, options)
+        program = await hosts.here.program(order.workload, order.subject, options, haul=wishes.ship == "missing")
         destination, at_destination = await asking
     finally:
         asking.cancel()
@@ -175,14 +179,18 @@ async def _examine(migration: str, order: Order, settings: Settings, hosts: _Hos
         findings.insert(0, Finding("warning", "same-host", f"{hosts.there.name} seems to be this very host"))
     missing = [file for file in program.questions.needed if file.path not in answers.files]
     missing = missing if wishes.ship == "missing" else []
-    findings += await _policies(program, wishes, missing, hosts)
+    hauled = trees.hauled(program.questions.trees, answers.trees) if wishes.ship == "missing" else ()
+    findings += await _policies(program, wishes, missing, hauled, hosts)
     if wishes.ship != "missing":
         return _Examined(program.pid, findings)
     directories = {os.path.dirname(file.path) for file in unshared(program.questions, answers)}
-    return _Examined(program.pid, findings, missing, tuple(sorted(directories)))
+    rsync = bool(hauled) and all(answers.trees[path].rsync for path in hauled)
+    return _Examined(program.pid, findings, missing, tuple(sorted(directories)), hauled, rsync)
 
 
-async def _policies(program: ProgramFacts, wishes: Wishes, missing: list[NeededFile], hosts: _Hosts) -> list[Finding]:
+async def _policies(
+    program: ProgramFacts, wishes: Wishes, missing: list[NeededFile], hauled: tuple[str, ...], hosts: _Hosts
+) -> list[Finding]:
     """What either host's policy has against it (phaul.policy)."""
     asked = Incoming(
         memory=program.memory,
@@ -192,6 +200,7 @@ async def _policies(program: ProgramFacts, wishes: Wishes, missing: list[NeededF
         writes=program.writes,
         moved=tuple(address for address, _ in wishes.moved),
         shipped=tuple(file.path for file in missing),
+        hauled=hauled,
     )
     refusals = await asyncio.gather(hosts.here.refusals("source", asked), hosts.there.refusals("destination", asked))
     places = (f"{policy.FILE} on this host", f"{policy.FILE} on {hosts.there.name}")

@@ -154,6 +154,7 @@ class Incoming:
     writes: tuple[str, ...] = ()
     moved: tuple[str, ...] = ()  # addresses, without their prefix
     shipped: tuple[str, ...] = ()  # files that would be sent
+    hauled: tuple[str, ...] = ()  # directories that would be sent, with whatever is in them
 
     @classmethod
     def of(cls, found: Footprint, **more: Any) -> Self:
@@ -248,7 +249,10 @@ class Gate:
             )
 
     def _files(self, program: Incoming) -> Iterator[str]:
-        for path in (*program.writes, *program.shipped):
+        if program.hauled and not self.rule.root:
+            text = f"{program.hauled[0]} would be sent, and what is in it decides what {_here()} runs as root"
+            yield f"{text} (root = false)"
+        for path in (*program.writes, *program.shipped, *program.hauled):
             if "/" not in self.rule.paths and not any(beneath(path, one) for one in self.rule.paths):
                 yield f"the program would write or make {path}, and {_here()} lets it do so in {_list(self.rule.paths)}"
 

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from phaul_engine.probes import Probe
 
 from phaul.events import Finding
+from phaul.haul import trees
+from phaul.haul.trees import Tree, TreeAnswer
 
 _CLOCK_TOLERANCE = 0.5  # seconds of difference between the hosts' clocks that nobody is told about
 
@@ -97,6 +99,8 @@ class Questions:
     features: dict[str, str] = field(default_factory=dict)  # of the host, with what of the program uses it
     workload: str = "pid"  # its kind, and what its runtime has to know of it there
     facts: dict[str, Any] = field(default_factory=dict)
+    trees: tuple[Tree, ...] = ()
+    haul: bool = False  # whether trees that are not there are to be sent
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class Answers:
     existing: tuple[str, ...] = ()  # carried and written files, and directories of such, that are there
     lacking: dict[str, str] = field(default_factory=dict)  # features, with what to do about it
     workload: tuple[Finding, ...] = ()  # what keeps the runtime there from taking it over
+    trees: dict[str, TreeAnswer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,7 @@ def compare(
         *_needed_files(program.questions, answers, wishes),
         *_written_files(program.questions, answers, wishes),
         *_carried_files(program.questions, answers, wishes),
+        *trees.findings(program.questions.trees, answers.trees, there, ship=wishes.ship == "missing"),
         *_network(program.questions, source, destination, answers, wishes),
     ]
 

@@ -32,6 +32,7 @@ from phaul_engine.objects import carried_file, last_words, sysv_shm
 
 from phaul import asking, logs, migration, workloads
 from phaul.errors import ArbiterError, JournalError, LostRaceError, OverruledError, PhaulError
+from phaul.haul import beside as haul
 from phaul.journal import Journal, Row, Store, Task, Undo
 from phaul.migration import (
     Broken,
@@ -87,6 +88,8 @@ HANDLERS: dict[str, Handler] = {
     lock_move.KIND: Handler(lambda _: None),  # undone by the thaw: not all of it can be while tasks are frozen
     carried_file.KIND: Handler(carried_file.remove),
     carried_file.LEFT_KIND: Handler(carried_file.mark),
+    haul.KIND: Handler(haul.discard, haul.publish),
+    haul.LEFT_KIND: Handler(haul.put_aside),
     plug.KIND: Handler(lambda data: None, plug.redo),  # an outer end goes with the inner one
     last_words.KIND: Handler(lambda data: None, last_words.redo),  # of a discarded copy nothing is left
 }

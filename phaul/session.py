@@ -61,6 +61,8 @@ class Request:
     keep_images: str = ""
     features: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()  # directories whose written files are sent
+    hauled: tuple[str, ...] = ()  # directories that are sent as a whole
+    rsync: bool = False  # the other host has it
 
     @property
     def pid(self) -> int | None:

@@ -35,6 +35,8 @@ _STATX_SIZE = 256
 _STATX_MNT_ID, _STATX_MNT_ID_AT = 0x1000, 0x90
 _SPLICE_F_NONBLOCK = 2
 _RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_NO_SYMLINKS = 0x04
+_RESOLVE_BENEATH = 0x08
 _RESOLVE_IN_ROOT = 0x10
 _TFD_IOC_SET_TICKS = 0x40085400
 _F_GETSIG = 11
@@ -44,6 +46,7 @@ _F_GETOWNER_UIDS = 17
 _F_GET_SEALS = 1034
 _F_ADD_SEALS = 1033
 _MAX_HANDLE = 128
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 
 _itimerspec = struct.Struct("<4q")
 _epoll_event = struct.Struct("<IQ")  # packed on x86-64 (include/uapi/linux/eventpoll.h)
@@ -186,6 +189,24 @@ def open_in_root(root: int, path: str, flags: int, mode: int = 0) -> int:
     how = struct.pack("<3Q", flags | os.O_CLOEXEC, mode, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
     name = ctypes.create_string_buffer(os.fsencode(path))
     return system_call(NR.openat2, root, name, ctypes.create_string_buffer(how, len(how)), len(how), what=path)
+
+
+def open_beneath(directory: int, path: str, flags: int, mode: int = 0) -> int:
+    """Open `path`, which is below a directory and leads there without any link (openat2(2), RESOLVE_BENEATH)."""
+    resolve = _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS
+    how = struct.pack("<3Q", flags | os.O_CLOEXEC, mode, resolve)
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    return system_call(NR.openat2, directory, name, ctypes.create_string_buffer(how, len(how)), len(how), what=path)
+
+
+def punch_hole(fd: int, offset: int, size: int) -> None:
+    """Give back a part of a file, which is read as zeros then (fallocate(2), FALLOC_FL_PUNCH_HOLE)."""
+    system_call(NR.fallocate, fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, size)
+
+
+def sync_file_system(fd: int) -> None:
+    """Bring everything that was written to a descriptor's file system to its disk (syncfs(2))."""
+    system_call(NR.syncfs, fd)
 
 
 def link_descriptor(fd: int, directory: int, name: str) -> None:

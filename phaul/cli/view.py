@@ -110,6 +110,11 @@ def _prepared(event: events.Prepared, story: Story) -> list[str]:
 
 
 @_teller
+def _hauled(event: events.Hauled, story: Story) -> list[str]:
+    return [f"directories: {size(event.bytes)} sent in {milliseconds(event.ms)}"]
+
+
+@_teller
 def _surveyed(event: events.Surveyed, story: Story) -> list[str]:
     return []
 

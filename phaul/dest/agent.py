@@ -54,6 +54,7 @@ class DestinationAgent:
         self._link: Direct | None = None
         self._phases: list[Phase] = []
         self.works = DestinationWorks(migration, store, self._report)
+        self.works.answer = self._answer_haul
         self.works.failed = lambda why: self.driver.post(Failed(Work.BUILD, why))
         points = faults.load(store.directory, Role.DESTINATION)
         faults.watch_kinds(points)
@@ -115,6 +116,11 @@ class DestinationAgent:
 
     def entered(self, state: State) -> None:
         """Nobody watches here."""
+
+    def _answer_haul(self, body: bytes) -> None:
+        """From any thread."""
+        if self._link is not None:
+            self._link.send(Kind.HAUL, body)
 
     def _report(self, event: Event) -> None:
         """Phases are for the operator, who watches at the source."""

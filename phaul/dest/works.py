@@ -25,6 +25,7 @@ from phaul_engine.landing import Landing
 from phaul_engine.memory import fingerprint
 from phaul_engine.memory.sink import PageSink
 from phaul_engine.memory.stream import Channel
+from phaul_engine.namespaces.mnt import externals
 from phaul_engine.namespaces.net import kind as net_namespace
 from phaul_engine.network import replay
 from phaul_engine.network.address import Address
@@ -38,6 +39,8 @@ from phaul.config import SLEEPS
 from phaul.driver import blocking
 from phaul.errors import ArbiterError, OverruledError, PhaulError
 from phaul.events import Event
+from phaul.haul.arriving import Arriving
+from phaul.haul.places import NOWHERE, Places
 from phaul.journal import Journal, Row, Store, Task, Undo, boot_id
 from phaul.migration import Done, Role, Work
 from phaul.policy import Incoming, PolicyError
@@ -53,6 +56,7 @@ log = logging.getLogger(__name__)
 _LAST_PAGES_TIMEOUT = 60.0
 _FREEZE_TIMEOUT = 5.0
 _NEARLY = 1_000_000  # nanoseconds
+_SYNC_PATIENCE = 15.0  # seconds for directories to come to the disk, when the program runs
 _LAG = 1.0  # seconds that a tree waits for its clock, at most
 _LOOK = 0.25  # seconds between two looks at the memory of a copy that has a limit
 
@@ -95,6 +99,11 @@ class DestinationWorks:
         self._warming: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self.failed: Callable[[str], None] = lambda _: None  # told when nobody has asked
+        self.answer: Callable[[bytes], None] = lambda _: None  # to what has come of directories; from any thread
+        self._arriving: Arriving | None = None  # directories that come along
+        self._room = asyncio.Event()  # there is a place for them
+        self._there = asyncio.Event()  # they have come, so far
+        self._syncing: asyncio.Future[None] | None = None
         self._urgency = Urgency()
         self._cleanup.callback(self._urgency.end)
 
@@ -134,6 +143,8 @@ class DestinationWorks:
                 pass  # that it came is all it says
             case Kind.FRAMES:
                 self._take_frames(letter.body)
+            case Kind.HAUL:
+                await self._take_haul(letter.body)
             case _:
                 raise EngineError(f"the source sent {letter.kind.name} where it makes no sense")
 
@@ -188,6 +199,10 @@ class DestinationWorks:
         """Do one; EngineError, PhaulError or OSError when it fails."""
         match work:
             case Work.BUILD:
+                await blocking(lambda: self._alone(self._begin))
+                if self._arriving is not None:
+                    self._room.set()
+                    await self._there.wait()
                 await blocking(lambda: self._alone(self._build))
                 if self._gate.rule.memory:
                     self._watch = asyncio.create_task(self._watch_memory())
@@ -207,6 +222,7 @@ class DestinationWorks:
             case Work.SYNC:
                 if self._landing is not None:
                     await asyncio.to_thread(self._landing.sync)
+                await self._sync_directories()
                 await asyncio.to_thread(self._deeds().do, work)
             case Work.TIDY:
                 self._leave()
@@ -230,6 +246,8 @@ class DestinationWorks:
         if self._injector is not None:
             self._injector.close()
         self._cleanup.close()
+        if self._arriving is not None:
+            self._arriving.close()
         if self._cgroup is not None:
             self._cgroup.close()
         if self.journal is not None:
@@ -247,15 +265,16 @@ class DestinationWorks:
 
     # -- before the freeze ---------------------------------------------------------------------------------------
 
-    def _build(self) -> None:
-        if self._survey is None:
-            raise EngineError("the source sent no images before PREPARE")
-        self._accepted(self._survey)
+    def _begin(self) -> None:
+        """The row, and a place for directories that come along."""
         self._arbiter = self._find_register() if self._settings.get("arbiter") else None
-        hierarchy = self._cleanup.enter_context(cgroup.Hierarchy.find())
         parent = cgroup.path_of(os.getpid())
         name = f"phaul-{self.migration}"
         moved = [str(text) for text in self._settings.get("moved", ())]
+        hauled = tuple(str(path) for path in self._settings.get("hauled", ()))
+        if hauled:
+            workload = str(self._settings.get("workload", "pid"))
+            self._gate.demand("destination", Incoming(workload=workload, hauled=hauled))
         row = Row(
             migration=self.migration,
             role=Role.DESTINATION,
@@ -270,7 +289,49 @@ class DestinationWorks:
             arbiter=config.load().arbiter.model_dump(mode="json") if self._arbiter is not None else {},
         )
         self.journal = self._store.create(row)
-        parent = self._make_ready() or parent
+        if hauled:
+            self._arriving = Arriving(hauled, self.migration, self.answer)
+            self.journal.note(undo=tuple(Undo(**entry) for entry in self._arriving.entries()))
+            self._arriving.make()
+
+    async def _take_haul(self, body: bytes) -> None:
+        """Something of the directories that come along. What takes long is done beside the loop."""
+        await self._room.wait()
+        arriving = self._arriving
+        if arriving is None:
+            raise EngineError("the source sent files that nobody waits for")
+        if self.hurried:
+            arriving.take(body)
+        else:
+            await asyncio.to_thread(arriving.take, body)
+        if arriving.complete and not self._there.is_set():
+            self._there.set()
+            self._syncing = asyncio.ensure_future(asyncio.to_thread(arriving.sync))
+            self._syncing.add_done_callback(lambda task: task.cancelled() or task.exception())  # waited for in the end
+
+    async def _sync_directories(self) -> None:
+        """The first round has had the time of all others for that; the rest is little. A disk that takes longer keeps
+        the source waiting no more: the program runs here in any case."""
+        if self._arriving is None or self._syncing is None or self.journal is None:
+            return
+        last = asyncio.ensure_future(asyncio.to_thread(self._arriving.sync))
+        done, late = await asyncio.wait({self._syncing, last}, timeout=_SYNC_PATIENCE)
+        problems = [str(one.exception()) for one in done if one.exception() is not None]
+        if problems or late:
+            why = problems[0] if problems else f"it takes longer than {_SYNC_PATIENCE:.0f} s"
+            self.journal.note(warning=f"directories may not be on the disk yet: {why}")
+
+    @property
+    def _places(self) -> Places:
+        return self._arriving.places if self._arriving is not None else NOWHERE
+
+    def _build(self) -> None:
+        if self._survey is None or self.journal is None:
+            raise EngineError("the source sent no images before PREPARE")
+        self._accepted(self._survey)
+        hierarchy = self._cleanup.enter_context(cgroup.Hierarchy.find())
+        name, moved = f"phaul-{self.migration}", [str(text) for text in self._settings.get("moved", ())]
+        parent = self._make_ready() or cgroup.path_of(os.getpid())
         self.journal.note(cgroup=f"{parent.rstrip('/')}/{name}")
         self._cgroup = cgroup.Hold.create(hierarchy, parent, name)
         self._prepare_network(moved)
@@ -278,6 +339,7 @@ class DestinationWorks:
             **self._settings.get("options", {}),
             confinement.OPTION: self._gate.confinement,
             journal_stream.UNIT: os.path.basename(parent),  # the unit that the tree lives in
+            externals.PLACES: self._places.staged,
         }
         self._landing = Landing(
             self._tracer,
@@ -301,7 +363,11 @@ class DestinationWorks:
         journal = self.journal
         if journal is None or kind == "pid":
             return ""
-        return workloads.of(kind).prepare(facts, lambda notes: journal.note(workload={"kind": kind, "notes": notes}))
+
+        def note(notes: dict[str, Any]) -> None:
+            journal.note(workload={"kind": kind, "notes": notes})
+
+        return workloads.of(kind).prepare(facts, note, self._places)
 
     def _find_register(self) -> Arbiter:
         """The arbiter's register of this migration, which the source has made."""
@@ -480,6 +546,11 @@ class DestinationWorks:
             self._cgroup.thaw()
         if self._waking:
             waking.forget(self._waking)
+        if self._arriving is not None and self.journal is not None:
+            try:
+                self._arriving.publish()
+            except OSError as error:
+                self.journal.note(warning=f"{error.filename} keeps its name: {error.strerror}")
 
     def _leave(self) -> None:
         """It runs, and the source knows: nothing of it is ours any more."""
@@ -503,6 +574,8 @@ class DestinationWorks:
         if self._injector is not None:
             self._injector.close()
             self._injector = None
+        if self._arriving is not None:
+            self._arriving.close()
         if self.journal is not None:
             self._deeds().do(Work.KILL)
 

@@ -20,19 +20,22 @@ from phaul_engine.errors import EngineError, TargetError
 from phaul_engine.footprint import footprint
 from phaul_engine.memory.source import Codec
 from phaul_engine.memory.stream import Channel
+from phaul_engine.namespaces.mnt import externals
 from phaul_engine.network.hold import Match
 from phaul_engine.objects import carried_file
 
 from phaul import asking, events, faults, jsontext, policy, workloads
 from phaul.driver import Driver, WorkFailedError, blocking
 from phaul.errors import PhaulError
+from phaul.haul import rsync
 from phaul.journal import Journal, Store
-from phaul.migration import Cancel, Done, Ended, Message, Outcome, Role, State, Work
+from phaul.migration import Cancel, Done, Ended, Failed, Message, Outcome, Role, State, Work
 from phaul.migration.source import Committed, Parting, Releasing, Undoing, begin
 from phaul.recovery import forget_register
 from phaul.session import Front, Request
+from phaul.source.orders import Orders
 from phaul.source.rounds import Wanted
-from phaul.source.works import Orders, SourceWorks
+from phaul.source.works import SourceWorks
 from phaul.transport import pages
 from phaul.transport.bootstrap import Bootstrap, ident
 from phaul.transport.control import ChannelClosed, StreamLink
@@ -75,6 +78,7 @@ class SourceAgent:
         self._hurrying = asyncio.Event()  # the destination has heard that the freeze begins
         self._clocks: asyncio.Queue[tuple[own.Clocks, own.Clocks]] = asyncio.Queue()  # here and there, as answers came
         self._hearing: asyncio.Task[None] | None = None
+        self._hauling: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- what the driver asks for ----------------------------------------------------------------------------------
@@ -108,7 +112,13 @@ class SourceAgent:
                 done = await self.works.do(work)
                 if self.journal is not None and self.journal.row.arbiter:
                     self.driver.arbitrate()
+                if self.works.haul.active:
+                    self._hauling = self._start(self._send_trees())
                 return done
+            case Work.UNDO if self._hauling is not None:
+                self._hauling.cancel()
+                await asyncio.wait({self._hauling})
+                return await self.works.do(work)
             case Work.FREEZE:
                 return await self._freeze()
             case _:
@@ -124,6 +134,9 @@ class SourceAgent:
             return
         if letter.kind is Kind.PHASES:
             self._take_phases(letter.body)
+            return
+        if letter.kind is Kind.HAUL:
+            self.works.haul.take(letter.body)
             return
         if letter.kind is Kind.PLACE:
             there, host = letter.place(), self.request.wishes.destination
@@ -214,6 +227,13 @@ class SourceAgent:
     def _connected(self, control: Channel) -> None:
         self._link = Direct(control)
         self._hearing = self._start(self.driver.listen(self._link))
+
+    async def _send_trees(self) -> None:
+        """While the destination waits for them: it makes nothing before."""
+        try:
+            await self.works.send_trees()
+        except (EngineError, PhaulError, OSError) as error:
+            self.driver.post(Failed(Work.PREPARE, str(error)))
 
     def _examine(self) -> None:
         """The survey's own findings: phaul has asked both hosts everything else. Nothing has been touched."""
@@ -367,11 +387,14 @@ def _orders(request: Request, found: workloads.Found) -> Orders:
         peer=request.destination,
         stop_copy=wishes.stop_copy,
         moved=request.moved,
+        hauled=request.hauled,
+        rsync=request.rsync and rsync.here(),
         options={
             "tcp": wishes.tcp,
             "shell_job": request.shell_job,
             "pidns": wishes.pidns,
             carried_file.DIRECTORIES: request.carried,
+            externals.TREES: request.hauled,
         },
     )
 

@@ -23,12 +23,14 @@ _REST = 0.1  # part of the fixed part: fewer pages than this takes are not worth
 
 @dataclass(frozen=True)
 class Passed:
-    """One round: what was sent and how long that took, and how many pages were dirty when it was over."""
+    """One round: what was sent and how long that took, and how many pages were dirty when it was over. `haul` is how
+    many seconds the files would take that were touched by then."""
 
     pages: int
     bytes: int
     seconds: float
     dirty: int
+    haul: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def rate(history: Sequence[Passed], wanted: Wanted) -> float:
 
 def predict(history: Sequence[Passed], fixed: float, wanted: Wanted) -> float:
     """The seconds that a freeze now would take."""
-    return fixed + PAGE * history[-1].dirty / rate(history, wanted)
+    return fixed + PAGE * history[-1].dirty / rate(history, wanted) + history[-1].haul
 
 
 def decide(history: Sequence[Passed], fixed: float, wanted: Wanted) -> Decision:

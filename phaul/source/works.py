@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from phaul_engine import cgroup, clocks, lock_move, silence, sleep_log
 from phaul_engine.departure import Departure
@@ -23,7 +23,7 @@ from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.delta import Known
 from phaul_engine.keeping import keep_images, make_directory
 from phaul_engine.memory.fingerprint import fingerprint, pack
-from phaul_engine.memory.source import Codec, PageSource, SourceStatistics
+from phaul_engine.memory.source import PageSource, SourceStatistics
 from phaul_engine.memory.stream import Channel, DeadlineError
 from phaul_engine.namespaces.net import plug
 from phaul_engine.network import hold as network_hold
@@ -36,16 +36,17 @@ from phaul_engine.proc.access import open_process
 from phaul_engine.proc.tree import read_tree
 from phaul_engine.target import Tracer
 
-from phaul import claims, config, events, policy, workloads
+from phaul import claims, events, policy, workloads
 from phaul.config import SLEEPS
 from phaul.driver import blocking
-from phaul.errors import ArbiterError
 from phaul.events import Event, Finding
 from phaul.journal import Journal, Row, Store, Task, Undo, boot_id
 from phaul.migration import Done, Message, Role, Verdict, Work
 from phaul.recovery import LOCK_PATIENCE, Deeds
+from phaul.source.hauling import Hauling
+from phaul.source.orders import Orders, open_register
 from phaul.source.phases import Phases
-from phaul.source.rounds import Decision, Passed, Wanted, decide
+from phaul.source.rounds import Decision, Passed, decide
 from phaul.source.throttle import STEPS, Throttle
 from phaul.transport.direct import Direct, Kind
 from phaul.urgency import Urgency
@@ -61,24 +62,7 @@ _AHEAD = 30.0  # seconds that the round before the stop may take
 _FORWARD = 0.05  # seconds that packets for the moved program are still passed on
 
 
-@dataclass(frozen=True)
-class Orders:
-    """What the operator wants of the source. `moved` are ADDR/PREFIX@DEV, as the destination has them; `options` are
-    the engine's (`tcp`, ...), `workload` and `facts` say what runtime knows the program, and how. `peer` is the
-    destination in the operator's words, `keep_images` a directory or empty."""
-
-    root: int
-    wanted: Wanted
-    codec: Codec = Codec.AUTO
-    level: int = 1
-    verify: bool = False
-    keep_images: str = ""
-    peer: str = ""
-    stop_copy: bool = False
-    moved: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-    workload: str = "pid"
-    facts: dict[str, Any] = field(default_factory=dict)
+T = TypeVar("T")
 
 
 @dataclass
@@ -118,6 +102,8 @@ class SourceWorks:
         self._survey: Collection | None = None
         self._cgroup: cgroup.Hold | None = None
         self._network: _Network | None = None
+        self.haul = Hauling(orders.hauled, report, by_rsync=orders.rsync, bandwidth=orders.wanted.bandwidth)
+        self._cleanup.callback(self.haul.close)
         self._survey_seconds = _FIXED_GUESS
         self.attempts = 0
         self.told = False  # whether the destination was sent the final state: then no other freeze may follow
@@ -220,7 +206,6 @@ class SourceWorks:
         parent = cgroup.path_of(self._orders.root)
         name = f"phaul-{self.migration}"
         pids = self._pids()
-        noted = self._open_register()
         row = Row(
             migration=self.migration,
             role=Role.SOURCE,
@@ -235,7 +220,7 @@ class SourceWorks:
             link=self.link,
             caller=policy.of_agent().who,
             workload={"kind": self._orders.workload, "facts": self._orders.facts},
-            arbiter=noted,
+            arbiter=open_register(self.migration, self._report),
         )
         with claims.exclusively(self._store):
             claims.refuse(self._store, self._orders.root)
@@ -246,26 +231,23 @@ class SourceWorks:
         self._cgroup.gather(self._pids)
         self._prepare_network()
         self._send_settings()
-        self._announce(Kind.SURVEY, self.survey.checkpoint)
+        if self._orders.hauled:
+            self.haul.begin(lambda letter: self.direct.send(Kind.HAUL, letter), self.alive)
+        else:
+            self._announce(Kind.SURVEY, self.survey.checkpoint)
         threads = sum(len(process.threads) for process in read_tree(self._orders.root))
         self._report(events.Prepared(self.migration, len(pids), threads, self._departure.dirty_pages()))
 
-    def _open_register(self) -> dict[str, Any]:
-        """The arbiter's register of this migration, where there is an arbiter: how it is reached, for the row."""
-        from phaul.arbiter import Arbiter
+    async def send_trees(self) -> None:
+        """Directories that go along, while the destination waits; then the images: what they tell of is there."""
+        await self._until_stopped(self._send_trees)
 
-        settings = config.load().arbiter
-        if not settings.endpoints:
-            return {}
-        try:
-            with contextlib.closing(Arbiter(settings, self.migration)) as register:
-                register.open()
-        except ArbiterError as error:
-            if settings.required:
-                raise
-            self._report(events.Notice("warning", f"{error}; going on without", "[arbiter] in phaul.toml"))
-            return {}
-        return settings.model_dump(mode="json")
+    def _send_trees(self) -> None:
+        self.haul.first()
+        self._survey = self._checked_look()
+        self.haul.round()
+        self._announce(Kind.SURVEY, self.survey.checkpoint)
+        self.haul.complete()
 
     def _prepare_network(self) -> None:
         """A hold, switched off, where the tree has sockets whose packets it would lose."""
@@ -303,21 +285,27 @@ class SourceWorks:
             "host": os.uname().nodename,
             "workload": self._orders.workload,
         }
+        who["hauled"] = self._orders.hauled
         who["arbiter"] = bool(self.journal and self.journal.row.arbiter)
         there = [ahead.monotonic + self.clocks_ahead.monotonic, ahead.boottime + self.clocks_ahead.boottime]
         body = who | {"moved": self._orders.moved, "options": options, "clocks": there, "facts": self._orders.facts}
         self.direct.send(Kind.SETTINGS, json.dumps(body).encode())
 
     async def _copy_until_stopped(self) -> Verdict:
-        """A round, in a thread. Cancelled, it stops soon, and nothing that comes after runs beside it."""
+        """A round, in a thread."""
         self._stopped = False
-        copying = asyncio.ensure_future(asyncio.to_thread(self._copy))
+        return await self._until_stopped(self._copy)
+
+    async def _until_stopped(self, act: Callable[[], T]) -> T:
+        """Do something in a thread. Cancelled, it stops soon, and nothing that comes after runs beside it."""
+        acting = asyncio.ensure_future(asyncio.to_thread(act))
         try:
-            return await asyncio.shield(copying)
+            return await asyncio.shield(acting)
         except asyncio.CancelledError:
             self._stopped = True
-            await asyncio.wait({copying})
-            copying.exception()  # it is no news that it was stopped
+            self.haul.stop()
+            await asyncio.wait({acting})
+            acting.exception()  # it is no news that it was stopped
             raise
 
     def _begin_round(self) -> int:
@@ -342,6 +330,7 @@ class SourceWorks:
 
     def _copy(self) -> Verdict:
         number = len(self.history)
+        self.haul.round()
         self._look_again(number)
         source = self._departure.page_source
         before, begun = source.statistics(), time.monotonic()
@@ -352,7 +341,7 @@ class SourceWorks:
             self._watch_round(number, wire, before, begun)
         seconds, sent = time.monotonic() - begun, source.statistics() - before
         dirty = self._departure.dirty_pages()
-        self.history.append(Passed(sent.pages_data, sent.bytes_wire, seconds, dirty))
+        self.history.append(Passed(sent.pages_data, sent.bytes_wire, seconds, dirty, self.haul.predict(self._pids())))
         round_ = events.Round(sent.pages_data, sent.bytes_wire, seconds * 1000)
         self._report(events.RoundEnded(number, round_, dirty, dirty * _PAGE / seconds, sent.bytes_wire / seconds))
         return self._decide()
@@ -363,11 +352,17 @@ class SourceWorks:
         changed = number > 0 and self._departure.changed()
         if not changed and number != 1:
             return
-        self._survey = self._look()
-        if self._survey.blockers:
-            raise BlockedError(self._survey.blockers)
+        self._survey = self._checked_look()
         if changed:
+            self.haul.round()
             self._announce(Kind.CHANGES, self._survey.checkpoint)
+
+    def _checked_look(self) -> Collection:
+        """A survey of a tree that can be moved, still."""
+        collection = self._look()
+        if collection.blockers:
+            raise BlockedError(collection.blockers)
+        return collection
 
     def _look(self) -> Collection:
         """A survey. The program stands for a part of it, in which nothing else comes first."""
@@ -416,6 +411,7 @@ class SourceWorks:
         to the disk and the destination was told. Not where the tree has to stand for it."""
         if not self._departure.scans_running or self._orders.stop_copy:
             return
+        self.haul.round()
         number = self._begin_round()
         self._departure.send_round(number, flush=False)
         self._departure.page_source.wait(number, _AHEAD)  # the next round cannot end before
@@ -438,8 +434,12 @@ class SourceWorks:
             if same:
                 self._send_last()
                 phases.over("last scan")
+            if self.haul.active:
+                await self.haul.last(self._departure.frozen_pids())
+                phases.over("files")
             checkpoint = self._collect(timeout)
             phases.over("collect")
+            await self.haul.last()  # the engine may have given names to files that had none
             self._send_final(checkpoint, announced=same)
             phases.over("send")
             self._departure.let_go()
@@ -457,6 +457,7 @@ class SourceWorks:
             pids = self._departure.frozen_pids()
             entries = sysv_shm.undo_entries(collection.checkpoint, pids)
             entries += carried_file.undo_entries(collection.checkpoint, pids)
+            entries += self.haul.left_entries(pids)
             repair = network_undo.repair_entry(collection)
             if repair["data"]["sockets"]:
                 entries.append(repair)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import struct
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ class Kind(enum.IntEnum):
     FINGERPRINTS = 10  # of the source's memory in the freeze, before FINAL: the destination compares
     HURRY = 11  # one byte: 1, the freeze begins, and the same in answer; 0, it was let go again
     PLACE = 13  # u32: the number of the tree's first process where it is now, if that is not the one it knows
+    HAUL = 14  # of the file systems that go along: see phaul.haul.wire
     ALIVE = 12  # a long round goes on: pages have connections of their own
 
 
@@ -107,10 +109,12 @@ class Direct:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
+        self._sending = threading.Lock()  # files are sent by a thread, beside what the loop has to say
 
     def send(self, kind: Kind, body: bytes = b"") -> None:
         """Send a message; blocks no longer than the socket's buffer is full."""
-        self.channel.send(bytes([kind]) + body, _SEND_TIMEOUT)
+        with self._sending:
+            self.channel.send(bytes([kind]) + body, _SEND_TIMEOUT)
 
     def send_round(self, number: int) -> None:
         """Announce a round."""

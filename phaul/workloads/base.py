@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
 from phaul.events import Finding
+from phaul.haul.places import NOWHERE, Places
 
 
 @dataclass(frozen=True)
 class Found:
     """A workload of this host. `pid` is its first process, `words` what people call it. `facts` (JSON) are what the
-    destination has to know; `findings` what speaks against moving it, so far as its runtime is concerned."""
+    destination has to know; `findings` what speaks against moving it, so far as its runtime is concerned. `trees` are
+    the directories that it lives on, none in another: they are on storage that both hosts see, or are sent."""
 
     pid: int
     words: str
     facts: dict[str, Any] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+    trees: tuple[str, ...] = ()
 
 
 Note: TypeAlias = Callable[[dict[str, Any]], object]
@@ -34,13 +37,16 @@ class Workload(ABC):
     def find(self, name: str) -> Found:
         """The workload of that name, running on this host. UsageError if there is none."""
 
-    def examine(self, facts: dict[str, Any]) -> list[Finding]:
-        """At the destination, before anything is touched: what keeps this host from taking it over."""
+    def examine(self, facts: dict[str, Any], hauled: Collection[str] = ()) -> list[Finding]:
+        """At the destination, before anything is touched: what keeps this host from taking it over. Of its trees,
+        those in `hauled` will come, and are not there yet."""
         return []
 
-    def prepare(self, facts: dict[str, Any], note: Note) -> str:
+    def prepare(self, facts: dict[str, Any], note: Note, places: Places = NOWHERE) -> str:
         """At the destination: make ready what it will live in, and note it before it is done. Returns the cgroup where
-        the tree is to live, empty for the agent's own. PhaulError if that fails."""
+        the tree is to live, empty for the agent's own. PhaulError if that fails. Trees that have come are under other
+        names until the commit: `places.now` says where a path is, and a command of the runtime is to be run as
+        `places.command` says, which has it see them under their final names."""
         return ""
 
     def take_over(self, notes: dict[str, Any], root: int, pids: Iterable[int]) -> None:

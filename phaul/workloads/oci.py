@@ -5,8 +5,9 @@ and device rules, and a process that waits to become the program. The tree that 
 runs, its first process takes the place of the waiting one in the state file, and the runtime knows it as its own. At
 the source, `delete` does what it does with a container that has ended.
 
-A bundle is what decides about a container, so it is never taken from the other host: it has to be at the destination,
-the same, and in the hands of root.
+A bundle is what decides about a container: it has to be at the destination, the same, and in the hands of root. On
+storage that only one host sees it is sent (phaul.haul), where the destination's policy lets the source decide what
+runs there as root.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +36,7 @@ from phaul_engine.proc.mountinfo import parse_mounts
 
 from phaul.errors import PhaulError, UsageError
 from phaul.events import Finding
+from phaul.haul.places import NOWHERE, Places
 from phaul.journal import Task
 
 from .base import Found, Note, Workload
@@ -73,9 +75,9 @@ class Runtime:
         labels = state.get("config", {}).get("labels") or []
         return next((str(one)[7:] for one in labels if str(one).startswith("bundle=")), "")
 
-    def run(self, *words: str) -> None:
+    def run(self, *words: str, places: Places = NOWHERE) -> None:
         """Run a command of it. PhaulError, with what it said, if it fails."""
-        command = [self.program, *words]
+        command = places.command(self.program, *words)
         with tempfile.TemporaryFile() as said:  # no pipe: what it leaves running would hold it open
             try:
                 subprocess.run(
@@ -84,11 +86,11 @@ class Runtime:
             except FileNotFoundError as error:
                 raise PhaulError(f"{self.program} is not installed here") from error
             except subprocess.TimeoutExpired as error:
-                raise PhaulError(f"{' '.join(command)} took longer than {_PATIENCE:.0f} s") from error
+                raise PhaulError(f"{' '.join((self.program, *words))} took longer than {_PATIENCE:.0f} s") from error
             except subprocess.CalledProcessError as error:
                 said.seek(0)
                 text = said.read().decode(errors="replace").strip()[-300:]
-                raise PhaulError(f"{' '.join(command)} failed: {text}") from error
+                raise PhaulError(f"{' '.join((self.program, *words))} failed: {text}") from error
 
     def note(self, name: str, pid: int) -> None:
         """Have it know another process as the first one of a container, which runs."""
@@ -131,21 +133,18 @@ class Oci(Workload):
         where = " and ".join(str(runtime.directory) for runtime in RUNTIMES.values())
         raise UsageError(f"this host has no container {name}", advice=f"runc and crun keep theirs in {where}")
 
-    def examine(self, facts: dict[str, Any]) -> list[Finding]:
+    def examine(self, facts: dict[str, Any], hauled: Collection[str] = ()) -> list[Finding]:
         runtime, name = _named(facts)
-        return [
-            *_cannot(runtime),
-            *_taken(runtime, name),
-            *_other_bundle(str(facts.get("bundle")), str(facts.get("config"))),
-        ]
+        comes = str(facts.get("bundle")) in hauled
+        return [*_cannot(runtime), *_taken(runtime, name), *(() if comes else _other_bundle(facts, NOWHERE))]
 
-    def prepare(self, facts: dict[str, Any], note: Note) -> str:
+    def prepare(self, facts: dict[str, Any], note: Note, places: Places = NOWHERE) -> str:
         runtime, name = _named(facts)
-        for finding in self.examine(facts):
+        for finding in (*_cannot(runtime), *_taken(runtime, name), *_other_bundle(facts, places)):
             raise PhaulError(finding.text, advice=finding.advice)
         notes = {"runtime": runtime.program, "name": name, "since": time.time()}
         note(notes)
-        runtime.run("create", "--bundle", str(facts["bundle"]), name)
+        runtime.run("create", "--bundle", str(facts["bundle"]), name, places=places)
         state = runtime.state(name)
         if state is None:
             raise PhaulError(f"{runtime.program} has created {name} and does not know it")
@@ -212,7 +211,22 @@ def _found(runtime: Runtime, name: str, state: dict[str, Any]) -> Found:
     content = _content(bundle)
     digest = hashlib.sha256(content).hexdigest()
     facts = {"runtime": runtime.program, "name": name, "pid": pid, "bundle": bundle, "config": digest}
-    return Found(pid, words, facts, tuple(_hooked(bundle, _config(bundle, content))))
+    config = _config(bundle, content)
+    return Found(pid, words, facts, tuple(_hooked(bundle, config)), tuple(_trees(bundle, config)))
+
+
+def _root(bundle: str, config: dict[str, Any]) -> Path:
+    """The directory of the container's root file system."""
+    return Path(bundle) / str((config.get("root") or {}).get("path") or "rootfs")
+
+
+def _trees(bundle: str, config: dict[str, Any]) -> Iterable[str]:
+    """The bundle, and the root file system if it is not in there."""
+    place, root = os.path.normpath(bundle), os.path.normpath(_root(bundle, config))
+    if not f"{place}/".startswith(f"{root}/"):
+        yield place
+    if not f"{root}/".startswith(f"{place}/"):
+        yield root
 
 
 def _hooked(bundle: str, config: dict[str, Any]) -> Iterable[Finding]:
@@ -235,13 +249,16 @@ def _taken(runtime: Runtime, name: str) -> Iterable[Finding]:
         yield Finding("blocker", "oci-name", f"there is a container {name} there already", advice)
 
 
-def _other_bundle(bundle: str, digest: str) -> Iterable[Finding]:
+def _other_bundle(facts: dict[str, Any], places: Places) -> Iterable[Finding]:
     """Whether a bundle is here, is the same, and cannot be changed by anybody but root."""
-    place = Path(bundle)
+    final = str(facts.get("bundle"))
+    place = Path(final)
     advice = "keep bundles on storage that both hosts mount at the same place, or copy it there"
     if not place.is_absolute() or ".." in place.parts:
-        yield Finding("blocker", "oci-bundle", f"{bundle!r} is no path of a bundle")
+        yield Finding("blocker", "oci-bundle", f"{final!r} is no path of a bundle")
         return
+    bundle = places.now(final)
+    place = Path(bundle)
     try:
         content = _content(bundle)
         config = _config(bundle, content)
@@ -250,9 +267,9 @@ def _other_bundle(bundle: str, digest: str) -> Iterable[Finding]:
             if status.st_uid != 0 or stat.S_IMODE(status.st_mode) & 0o022 or stat.S_ISLNK(status.st_mode):
                 text = f"{path} there can be changed by others than root: whoever does decides what runs"
                 yield Finding("blocker", "oci-bundle", text, "give it to root, and let nobody else write it")
-        if hashlib.sha256(content).hexdigest() != digest:
+        if hashlib.sha256(content).hexdigest() != facts.get("config"):
             yield Finding("blocker", "oci-bundle", f"{place / 'config.json'} there is another one", advice)
-        root = place / str((config.get("root") or {}).get("path") or "rootfs")
+        root = Path(places.now(str(_root(final, config))))
         if not root.is_dir():
             yield Finding("blocker", "oci-bundle", f"there is no root file system {root} there", advice)
         yield from _hooked(bundle, config)

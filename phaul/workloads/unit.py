@@ -18,7 +18,7 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from phaul_engine.proc.tree import read_tree
 
 from phaul.errors import PhaulError, UsageError
 from phaul.events import Finding
+from phaul.haul.places import NOWHERE, Places
 
 from . import systemd
 from .base import Found, Note, Workload
@@ -120,7 +121,7 @@ class Unit(Workload):
         facts = {"name": unit, "pid": pid, **_definition(unit), **_state(unit)}
         return Found(pid, f"{unit} (systemd)", facts, tuple(_against(unit, pid)))
 
-    def examine(self, facts: dict[str, Any]) -> list[Finding]:
+    def examine(self, facts: dict[str, Any], hauled: Collection[str] = ()) -> list[Finding]:
         unit = _named(facts)
         if not os.path.isdir(systemd.BOOTED):
             return [Finding("blocker", "unit-systemd", "systemd does not run there", "move the program by its PID")]
@@ -133,7 +134,7 @@ class Unit(Workload):
             return [Finding("blocker", "unit-active", text, f"stop it there: systemctl stop {unit}")]
         return [*_other_definition(unit, facts), *_sockets(unit), *_conflicts(unit)]
 
-    def prepare(self, facts: dict[str, Any], note: Note) -> str:
+    def prepare(self, facts: dict[str, Any], note: Note, places: Places = NOWHERE) -> str:
         unit = _named(facts)
         for finding in self.examine(facts):
             if finding.severity == "blocker":

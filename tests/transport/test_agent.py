@@ -135,7 +135,7 @@ def test_the_desk_answers_before_there_is_an_agent(tmp_path: Path) -> None:
         answers = await desk.answer(Questions({os.getpid(): "us", process.pid: "nobody"}))
         assert list(answers.taken) == [os.getpid()]
         with pytest.raises(PhaulError, match="here: there is no process"):
-            await desk.program("pid", str(process.pid), {})
+            await desk.program("pid", str(process.pid), {}, haul=False)
         with pytest.raises(PhaulError, match="not Questions"):
             await desk._ask(Kind.QUESTIONS, {"numbers": "all"}, dict)
         await desk.forget()
@@ -173,13 +173,13 @@ def test_tokens_live_as_long_as_they_are_needed(tmp_path: Path) -> None:
 
     async def act(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         desk = await greet(reader, writer)
-        found = await desk.program("pid", str(process.pid), {})
+        found = await desk.program("pid", str(process.pid), {}, haul=False)
         assert [file.path for file in found.questions.written] == [f"{tmp_path}/log"]
         assert len(os.listdir(tmp_path)) == 2
         assert (await desk.answer(found.questions)).shared == (f"{tmp_path}/log",)
         await desk.forget()
         assert os.listdir(tmp_path) == ["log"]
-        await desk.program("pid", str(process.pid), {})
+        await desk.program("pid", str(process.pid), {}, haul=False)
 
     try:
         with_relay(tmp_path / "run", Agents(), act)

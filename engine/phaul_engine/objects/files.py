@@ -89,14 +89,19 @@ class OpenFiles:
         """Start a pass; use it in a `with` statement."""
         return FilesPass(self, collection)
 
-    def claim_id(self, places: Iterable[object], taken: set[int]) -> int:
-        """The id that a description had at one of these places, or a new one."""
+    def claim_id(self, places: Iterable[object], taken: set[int], status: os.stat_result) -> int:
+        """The id that a description had at one of these places, or a new one. It was another description if it was of
+        another file: the program has opened a new one of the same name, perhaps, under the same number."""
         for place in places:
             known = self._ids.get(place)
-            if known is not None and known not in taken:
+            if known is not None and known not in taken and self._is_of(known, status):
                 return known
         self._next_id += 1
         return self._next_id - 1
+
+    def _is_of(self, file_id: int, status: os.stat_result) -> bool:
+        known = self._known.get(file_id)
+        return known is None or os.path.samestat(known.descriptor.status, status)
 
     def places(self) -> Iterable[tuple[object, int]]:
         """Where each id of the last pass was found."""
@@ -178,7 +183,7 @@ class FilesPass:
                         order.append((table.files_id, descriptor))
         for look, members in found.items():
             for same in self._descriptions(members):
-                file_id = self._files.claim_id((place for place, _ in same), self._taken)
+                file_id = self._files.claim_id((place for place, _ in same), self._taken, same[0][1].status)
                 self._taken.add(file_id)
                 for place, descriptor in same:
                     self._ids[place] = file_id
@@ -271,7 +276,7 @@ class FilesPass:
         self._finished = True
 
     def _add(self, descriptor: Descriptor, look: object, place: object) -> int:
-        file_id = self._files.claim_id((place,), self._taken)
+        file_id = self._files.claim_id((place,), self._taken, descriptor.status)
         self._taken.add(file_id)
         self._ids[place] = file_id
         self._like.setdefault(look, []).append((descriptor, file_id))

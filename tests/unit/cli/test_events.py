@@ -14,6 +14,7 @@ EVENTS: list[events.Event] = [
     events.Connected("db2", "0.1.0", "6.12.1", 0.4),
     events.Preflight((events.Finding("blocker", "pid-taken", "PID 812 is taken by sshd", "use --pidns"),)),
     events.Prepared("m1", 2, 5, 100_000),
+    events.Hauled(37_394_897, 2255.4),
     events.RoundStarted(0, 100_000),
     events.RoundProgress(0, 50, 204_800, 12.5, 1e9),
     events.RoundEnded(0, events.Round(100_000, 409_600_000, 250.0), 300, 4.9e6, 1.6e9),

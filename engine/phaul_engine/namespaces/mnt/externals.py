@@ -26,6 +26,20 @@ def given(options: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+TREES = "trees"
+"""Of a dump: directories of this host that mounts are looked for in first."""
+PLACES = "places"
+"""Of a restore: pairs of a directory's name and where it is now. Its mounts keep it when it gets its name."""
+
+
+def place(options: Mapping[str, Any], path: str) -> str:
+    """Where a path of this host is now."""
+    for final, now in options.get(PLACES, ()):
+        if path == final or path.startswith(f"{final}/"):
+            return str(now) + path[len(final) :]
+    return path
+
+
 def root(options: Mapping[str, Any]) -> str:
     """The directory that becomes the root of the tree's mount namespace; empty if none was given."""
     return str(options.get("root") or "")

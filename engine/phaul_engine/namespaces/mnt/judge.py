@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from phaul_engine.images.pb import mnt_pb2
 from phaul_engine.objects.base import Collection
@@ -35,12 +35,13 @@ class Known:
 
 
 class Host:
-    """The mounts that the engine itself sees."""
+    """The mounts that the engine itself sees. Of several names of a place, one in a directory of `places` counts."""
 
-    def __init__(self, mounts: Iterable[Mount]) -> None:
+    def __init__(self, mounts: Iterable[Mount], places: Iterable[str] = ()) -> None:
         self._by_device: dict[int, list[Mount]] = {}
         self.groups: set[int] = set()
-        for mount in mounts:
+        mounts = list(mounts)
+        for mount in (*(_narrowed(place, mounts) for place in places), *mounts):
             self._by_device.setdefault(mount.dev, []).append(mount)
             group = mount.propagates("shared")
             if group is not None:
@@ -65,6 +66,15 @@ class Host:
             if inode is None or (status.st_dev, status.st_ino) == inode:
                 return os_text(path)
         return ""
+
+
+def _narrowed(place: str, mounts: list[Mount]) -> Mount:
+    """The mount that a directory of this host is on, as if nothing else were mounted of it."""
+    path = os.fsencode(place)
+    above = [mount for mount in mounts if lies_in(path, os.fsencode(mount.point))]
+    mount = max(above, key=lambda one: (len(one.point), one.id))
+    root = join(os.fsencode(mount.root), relative(path, os.fsencode(mount.point)))
+    return replace(mount, root=os_text(root), point=place)
 
 
 class Judge:

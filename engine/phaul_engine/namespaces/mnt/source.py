@@ -20,7 +20,7 @@ from phaul_engine.objects.base import Collection, Owner
 from phaul_engine.proc import access
 from phaul_engine.proc.mountinfo import Mount, parse_mounts
 
-from . import api, archive, filesystems, peel
+from . import api, archive, externals, filesystems, peel
 from .filesystems import Way
 from .ids import Ids
 from .judge import Host, Judge, Known, make_entry
@@ -97,7 +97,9 @@ def collect(view: NamespaceView, collection: Collection) -> None:
     memory: dict[str, Any] = collection.memory.setdefault(_MEMORY, {"seen": {}, "kept": {}})
     now = collection.scratch.get(_MEMORY)
     if now is None:
-        now = collection.scratch[_MEMORY] = Pass(Host(parse_mounts(_own_mounts())))
+        now = collection.scratch[_MEMORY] = Pass(
+            Host(parse_mounts(_own_mounts()), collection.options.get(externals.TREES, ()))
+        )
     with ExitStack() as stack:
         reader = _Reader(view, stack)
         text = reader.mounts()

@@ -171,7 +171,7 @@ class Mounts:
             missing = what, f"say from where with --external mnt[{key}]:PATH"
         if not path:
             raise RebuildError(missing[0], advice=missing[1])
-        return path
+        return externals.place(options, path)
 
     def _make(self, built: Built, entry: mnt_pb2.mnt_entry, worker: Worker) -> None:
         """Make a file system anew, with what is in it."""

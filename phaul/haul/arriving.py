@@ -1,0 +1,323 @@
+"""The destination's side of a haul: trees come in beside their places.
+
+Nothing of them is under its final name before the commit; see beside.py. Below a tree no link is ever followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from phaul_engine import calls
+from phaul_engine.errors import EngineError
+
+from phaul.errors import PhaulError
+
+from . import beside, rsync, wire
+from .places import Places
+from .wire import Record, Tag
+
+_PLACE = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+_WRITE = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_KINDS = frozenset({stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK})
+_FEW = 256  # files that are brought to the disk one by one
+_LONGEST = 1 << 62  # bytes of a file
+
+
+class Arriving:
+    """The trees of one migration. `reply` sends a letter to the source, from any thread. Letters are taken one at a
+    time."""
+
+    def __init__(self, trees: Iterable[str], migration: str, reply: Callable[[bytes], None]) -> None:
+        self._trees = [_Tree(check_place(path), beside.staged_name(path, migration)) for path in trees]
+        self._reply = reply
+        self._server: rsync.Server | None = None
+        self.complete = False
+
+    @property
+    def places(self) -> Places:
+        """Where they are until they have their names."""
+        return Places(tuple((tree.final, tree.staged) for tree in self._trees))
+
+    def entries(self) -> list[dict[str, Any]]:
+        """For the journal, before `make`."""
+        return [beside.entry(tree.final, tree.staged, missing_above(tree.final)) for tree in self._trees]
+
+    def make(self) -> None:
+        """Make the directories. PhaulError where a place is taken."""
+        for tree in self._trees:
+            for directory in missing_above(tree.final):
+                os.mkdir(directory, 0o755)
+            tree.make()
+
+    def take(self, body: bytes) -> None:
+        """A letter from the source. EngineError for what makes no sense, OSError for what does not work."""
+        tag, content = wire.open_letter(body)
+        match tag:
+            case Tag.RECORDS:
+                for record in wire.unpack(content):
+                    self._apply(record)
+            case Tag.COMPLETE:
+                self.complete = True
+            case Tag.RSYNC:
+                said = wire.fields(content)
+                self._end_server()
+                self._server = self._tree(said).take_by(str(said.get("words")), self._reply)
+            case Tag.STREAM if self._server is not None:
+                self._server.take(content)
+                if not content:
+                    self._end_server()
+            case _:
+                raise EngineError(f"the source sent files' {tag.name} where it makes no sense")
+
+    def _tree(self, fields: dict[str, Any]) -> _Tree:
+        number = fields.get("tree")
+        if not isinstance(number, int) or not 0 <= number < len(self._trees):
+            raise EngineError("the source sends a directory that was not asked for")
+        return self._trees[number]
+
+    def _apply(self, record: Record) -> None:
+        if record.fields.get("op") == "end":
+            self._reply(wire.letter(Tag.DONE, {"number": record.fields.get("number")}))
+            return
+        tree = self._tree(record.fields)
+        try:
+            tree.apply(record)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise EngineError(f"a record of a file makes no sense: {error!r}") from error
+        except OSError as error:
+            name = os.path.join(tree.staged, str(record.fields.get("path", "")))
+            raise EngineError(f"{name} cannot be made: {error.strerror}") from error
+
+    def publish(self) -> None:
+        """It runs here: the trees get their names. OSError where something is there."""
+        for entry in self.entries():
+            beside.publish(entry["data"])
+
+    def sync(self) -> None:
+        """Bring what has come to the disk; in any thread, and it may be closed meanwhile. OSError if that fails."""
+        for tree in self._trees:
+            tree.sync()
+
+    def close(self) -> None:
+        """Let go of the trees; they stay as they are."""
+        self._end_server()
+        for tree in self._trees:
+            tree.close()
+
+    def _end_server(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+
+
+class _Tree:
+    """One directory that comes in."""
+
+    def __init__(self, final: str, staged: str) -> None:
+        self.final = final
+        self.staged = staged
+        self._fd = -1
+        self._parent: tuple[str, int] = ("", -1)
+        self._unsynced: set[str] | None = set()  # names; None if there are too many
+        self._closing = threading.Lock()
+
+    def make(self) -> None:
+        os.mkdir(self.staged, 0o700)
+        self._fd = os.open(self.staged, _PLACE | os.O_CLOEXEC)
+        with contextlib.suppress(FileExistsError):  # an empty one
+            os.mkdir(self.final, 0o700)
+        if os.listdir(self.final):
+            raise PhaulError(f"{self.final} has appeared meanwhile", advice="try again")
+
+    def close(self) -> None:
+        self._leave_parent()
+        with self._closing:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+    def sync(self) -> None:
+        """Files that were written since the last time, one by one, or all of their file system."""
+        names, self._unsynced = self._unsynced, set()
+        with self._closing:  # not while it goes to the disk, which may take long
+            if self._fd < 0:
+                return
+            top = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
+        try:
+            if names is None:
+                calls.sync_file_system(top)
+                return
+            for name in names:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    fd = calls.open_beneath(top, name, os.O_RDONLY | os.O_NOFOLLOW)
+                    try:
+                        os.fsync(fd)
+                    finally:
+                        os.close(fd)
+            os.fsync(top)
+        finally:
+            os.close(top)
+
+    def take_by(self, words: str, reply: Callable[[bytes], None]) -> rsync.Server:
+        """Have rsync take what comes."""
+        self._unsynced = None
+        return rsync.Server(words, self.staged, reply)
+
+    # -- records ---------------------------------------------------------------------------------------------------
+
+    def apply(self, record: Record) -> None:
+        fields, path = record.fields, str(record.fields["path"])
+        if self._fd < 0:
+            raise EngineError("files came before there was a place for them")
+        if "\0" in path or (path and any(part in ("", ".", "..") for part in path.split("/"))):
+            raise EngineError(f"{path!r} is not the name of a file in a directory")
+        match fields["op"]:
+            case "put":
+                self._put(path, fields, record.data)
+            case "data":
+                self._write(path, [[int(fields["offset"]), len(record.data)]], record.data)
+            case "hole":
+                with self._opened(path) as fd:
+                    calls.punch_hole(fd, _size(fields["offset"]), _size(fields["length"]))
+            case "gone":
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # what it was in is gone
+                    self._remove(path)
+            case _:
+                raise EngineError(f"a record of a file says {fields['op']!r}")
+
+    def _put(self, path: str, fields: dict[str, Any], data: bytes | memoryview) -> None:
+        if "make" in fields:
+            self._make(path, fields)
+        if "size" in fields:
+            with self._opened(path) as fd:
+                if "runs" in fields:
+                    os.ftruncate(fd, 0)
+                os.ftruncate(fd, _size(fields["size"]))
+        if "runs" in fields:
+            self._write(path, fields["runs"], data)
+        if "meta" in fields:
+            self._attribute(path, fields["meta"])
+
+    def _make(self, path: str, fields: dict[str, Any]) -> None:
+        parent, name = self._split(path)
+        if fields["make"] == "hard":
+            directory, _, leaf = str(fields["other"]).rpartition("/")
+            other = calls.open_beneath(self._fd, directory or ".", _PLACE)
+            try:
+                self._remove(path)
+                os.link(leaf, name, src_dir_fd=other, dst_dir_fd=parent, follow_symlinks=False)
+            finally:
+                os.close(other)
+            return
+        self._remove(path)
+        kind = int(fields["kind"])
+        if kind == stat.S_IFDIR:
+            os.mkdir(name, 0o700, dir_fd=parent)
+        elif kind == stat.S_IFLNK:
+            os.symlink(str(fields["target"]), name, dir_fd=parent)
+        elif kind == stat.S_IFREG:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            os.close(os.open(name, flags, 0o600, dir_fd=parent))
+        elif kind in _KINDS:
+            os.mknod(name, kind | 0o600, int(fields["device"]), dir_fd=parent)
+        else:
+            raise EngineError(f"a record of a file is of a type {kind:o}")
+
+    def _remove(self, path: str) -> None:
+        parent, name = self._split(path)
+        try:
+            os.unlink(name, dir_fd=parent)
+        except FileNotFoundError:
+            return
+        except IsADirectoryError:
+            shutil.rmtree(name, dir_fd=parent)
+
+    def _write(self, path: str, runs: list[list[int]], data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        with self._opened(path) as fd:
+            for offset, length in runs:
+                part, offset = view[: _size(length)], _size(offset)
+                if len(part) < length:
+                    raise EngineError(f"the content of {path} ends too early")
+                view = view[length:]
+                while part:
+                    written = os.pwrite(fd, part, offset)
+                    part, offset = part[written:], offset + written
+
+    def _attribute(self, path: str, meta: dict[str, Any]) -> None:
+        """The owner before the mode, which chown(2) changes; attributes then: an access control list has more to say
+        than the mode; the time last."""
+        parent, name = self._split(path) if path else (self._fd, ".")
+        place = f"/proc/self/fd/{parent}/{name}"
+        status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        mode, mtime = int(meta["mode"]), int(meta["mtime"])
+        wanted = wire.decode_attributes(meta.get("attributes", {}))
+        if (status.st_uid, status.st_gid) != (meta["uid"], meta["gid"]):
+            os.chown(name, int(meta["uid"]), int(meta["gid"]), dir_fd=parent, follow_symlinks=False)
+        if not stat.S_ISLNK(status.st_mode):
+            os.chmod(name, mode & 0o7777, dir_fd=parent)
+        with contextlib.suppress(OSError):  # a file system that has none
+            for key in os.listxattr(place, follow_symlinks=False):
+                if key not in wanted:
+                    os.removexattr(place, key, follow_symlinks=False)
+        for key, value in wanted.items():
+            os.setxattr(place, key, value, follow_symlinks=False)
+        os.utime(name, ns=(status.st_atime_ns, mtime), dir_fd=parent, follow_symlinks=False)
+
+    @contextlib.contextmanager
+    def _opened(self, path: str) -> Any:
+        """A regular file, to be written."""
+        parent, name = self._split(path)
+        fd = os.open(name, _WRITE, dir_fd=parent)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise EngineError(f"{path} is no regular file")
+            yield fd
+        finally:
+            os.close(fd)
+        if self._unsynced is not None:
+            self._unsynced.add(path)
+            if len(self._unsynced) > _FEW:
+                self._unsynced = None
+
+    def _split(self, path: str) -> tuple[int, str]:
+        """The directory of a name, which is kept open for the next, and the name in it."""
+        directory, _, name = path.rpartition("/")
+        if not name:
+            raise EngineError("the top of a directory cannot be made anew")
+        if self._parent[1] < 0 or self._parent[0] != directory:
+            self._leave_parent()
+            self._parent = directory, calls.open_beneath(self._fd, directory or ".", _PLACE)
+        return self._parent[1], name
+
+    def _leave_parent(self) -> None:
+        if self._parent[1] >= 0:
+            os.close(self._parent[1])
+        self._parent = "", -1
+
+
+def _size(value: Any) -> int:
+    if not 0 <= int(value) <= _LONGEST:
+        raise EngineError(f"a file is said to have {value} bytes")
+    return int(value)
+
+
+def check_place(path: str) -> str:
+    """The final place of a tree; EngineError for what is none."""
+    if not path.startswith("/") or "\0" in path or ".." in path.split("/") or os.path.normpath(path) != path:
+        raise EngineError(f"{path!r} is not the path of a directory")
+    if path == "/":
+        raise EngineError("the root of a host cannot be hauled")
+    return path
+
+
+def missing_above(path: str) -> list[str]:
+    """Which of the directories above a place are not there, the topmost first."""
+    return [str(one) for one in reversed(Path(path).parents) if not one.is_dir()]

@@ -1,0 +1,89 @@
+"""What journals hold of a haul, and how it is finished or undone by whoever finds it there.
+
+At the destination a tree comes in beside its final place (NAME.phaul-MIGRATION), whose name is held by an empty
+directory; after the commit it takes that place by one rename(2). At the source the tree that the program has left is
+put aside as NAME.migrated when its copy here is dead, so that nobody starts it a second time, and the name is free if
+it comes back. One that an earlier migration has put aside is removed then: it is older.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable
+from typing import Any
+
+from phaul_engine.objects import sysv_shm
+
+KIND, LEFT_KIND = "haul", "haul-left"
+"""Of journal entries: what has come, and what is left."""
+MARK = "trusted.phaul.migrated"
+"""Of a directory that was put aside."""
+ASIDE = ".migrated"
+
+
+def staged_name(final: str, migration: str) -> str:
+    """Where a tree comes in."""
+    return f"{final}.phaul-{migration}"
+
+
+def entry(final: str, staged: str, made: Iterable[str]) -> dict[str, Any]:
+    """What the destination notes before it makes `staged`, `final` and the directories above, the topmost first."""
+    return {"kind": KIND, "data": {"final": final, "staged": staged, "made": list(made)}}
+
+
+def discard(data: dict[str, Any]) -> None:
+    """It never runs here: nothing of it is left. OSError if something cannot be removed."""
+    final, staged = str(data["final"]), str(data["staged"])
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(staged)
+    for directory in (final, *reversed(data["made"])):
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+
+
+def publish(data: dict[str, Any]) -> None:
+    """It runs here: give the tree its name. OSError if something has come to be there."""
+    final, staged = str(data["final"]), str(data["staged"])
+    with contextlib.suppress(FileNotFoundError):  # done before
+        os.rename(staged, final)
+
+
+def left_entry(trees: Iterable[str], pids: Iterable[int]) -> dict[str, Any]:
+    """What the source notes of directories that the program, tasks `pids`, leaves behind."""
+    found = []
+    for path in trees:
+        status = os.lstat(path)
+        found.append([path, status.st_dev, status.st_ino])
+    return {"kind": LEFT_KIND, "data": {"trees": found, "tasks": sysv_shm.tasks(pids)}}
+
+
+def put_aside(data: dict[str, Any]) -> None:
+    """Put what the program has left aside, if it is dead here; else do nothing. OSError if that cannot be, as where
+    something is mounted there."""
+    if sysv_shm.any_lives(data["tasks"]):
+        return
+    for path, device, inode in data["trees"]:
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            continue
+        if (status.st_dev, status.st_ino) != (device, inode):
+            continue
+        aside = f"{path}{ASIDE}"
+        if os.path.lexists(aside):
+            if not _ours(aside):
+                continue
+            shutil.rmtree(aside)
+        with contextlib.suppress(OSError):  # a file system without such attributes: nobody removes it later
+            os.setxattr(path, MARK, b"")
+        os.rename(path, aside)
+
+
+def _ours(path: str) -> bool:
+    try:
+        os.getxattr(path, MARK, follow_symlinks=False)
+    except OSError:
+        return False
+    return True

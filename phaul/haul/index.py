@@ -1,0 +1,426 @@
+"""One tree at the source: what the destination has of it, and records of what that lacks.
+
+Names that are gone stay there for a while: what is being made there opens files by the names that they had a moment
+ago. A name that is new and of an inode that has another one there becomes a link to that, so what was renamed is not
+sent again, and who has it open there has the same file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from phaul.errors import PhaulError
+
+from .beside import MARK
+from .content import BLOCK, SMALL, Blocks, whole
+from .watch import Watch, join
+from .wire import Outbox, encode_attributes
+
+_YOUNG = 50_000_000  # nanoseconds: times that are so young may stand for a later change too
+_GONE = (FileNotFoundError, NotADirectoryError)
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class Sent(NamedTuple):
+    """A name as it was sent: inode, type, and what else shows that it was changed. `times` is None where they were so
+    young that they show nothing."""
+
+    inode: int
+    kind: int
+    size: int
+    times: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Sent:
+        """As it is now."""
+        old = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _YOUNG
+        times = (status.st_mtime_ns, status.st_ctime_ns) if old else None
+        return cls(status.st_ino, stat.S_IFMT(status.st_mode), status.st_size, times)
+
+
+class Index:
+    """A directory, by its number among those that are hauled. Work with it is one pass at a time."""
+
+    def __init__(self, number: int, root: str) -> None:
+        self.number = number
+        self.root = root
+        self.device = os.lstat(root).st_dev
+        self.work = 0.0  # of the last pass: names that were looked at, and blocks that were read
+        self._watch = Watch(root)
+        self._sent: dict[str, dict[str, Sent]] = {}  # by directory and name
+        self._names: dict[int, set[str]] = {}  # by inode
+        self._blocks: dict[int, Blocks] = {}  # of large files, by inode
+        self._touched: dict[str, bool] = {}
+        self._missing: set[str] = set()  # names that are gone, as of the pass before
+        self._directories: set[str] = set()  # whose times are to be set at the end of the pass
+        self._moved: set[str] = set()  # names that came or went while another program sent them
+        self._doubtful: set[str] = set()  # what it made of these is not known
+        self._adopting = False
+        self._lost = False
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._watch.close()
+
+    # -- what there is to do -------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Take up what has happened since the last look."""
+        touched = self._watch.read()
+        self._moved |= touched.moved if self._adopting else set()
+        for path, content in touched.paths.items():
+            self._touched[path] = self._touched.get(path, False) or content
+        self._lost |= touched.lost
+
+    def names_of(self, inode: int) -> set[str]:
+        """The names under which the destination has an inode."""
+        return self._names.get(inode, set())
+
+    def touch(self, path: str) -> None:
+        """What a file holds may be another."""
+        self._touched[path] = True
+
+    def pending(self) -> float:
+        """How much work a pass would be now, as `work` tells it."""
+        self.look()
+        if self._lost:
+            return sum(map(len, self._sent.values()))
+        work = float(len(self._touched) + len(self._missing))
+        for path, content in self._touched.items():
+            if content:
+                with contextlib.suppress(OSError):
+                    work += os.lstat(self._place(path)).st_blocks * 512 / BLOCK
+        return work
+
+    def adopt(self) -> list[str]:
+        """Note everything as sent, and watch it: from now on whatever is touched is sent again. For the round that
+        another program sends, all but what is returned: large files with holes, which it would fill."""
+        holes = []
+        self._sent, self._names, self._touched, self._moved, self._lost = {}, {}, {}, set(), False
+        self._adopting = True
+        self._watch.add("")
+        waiting = [""]
+        while waiting:
+            directory = waiting.pop()
+            for name, status in self._list(directory):
+                path = join(directory, name)
+                if status.st_size > SMALL and status.st_blocks * 512 * 2 < status.st_size:
+                    holes.append(path)
+                    self._touched[path] = True
+                    continue
+                self._note(path, status, Sent.of(status))
+                if stat.S_ISDIR(status.st_mode):
+                    with contextlib.suppress(*_GONE):
+                        self._watch.add(path)
+                        waiting.append(path)
+        return holes
+
+    def doubt(self) -> bool:
+        """What was adopted has been sent by now: names that came or went meanwhile may be there or not. False if too
+        much happened to know of which that is true."""
+        self.look()
+        self._adopting = False
+        for path in self._moved:
+            self._forget(path)
+        self._doubtful, self._moved = self._moved, set()
+        return not self._lost
+
+    # -- a pass ----------------------------------------------------------------------------------------------------
+
+    def everything(self, outbox: Outbox) -> Iterator[None]:
+        """Send all of it. Yields now and then, for whoever wants to stop."""
+        self._watch.add("")
+        self.work = 0.0
+        yield from self._below("", outbox)
+        self._finish(outbox)
+
+    def changes(self, outbox: Outbox, *, last: bool) -> Iterator[None]:
+        """Send what was touched. `last`: nothing changes any more, and names that are gone go there too."""
+        self.look()
+        self.work = 0.0
+        touched, self._touched = self._touched, {}
+        lost, self._lost = self._lost, False
+        missing, self._missing = self._missing, set()
+        doubtful, self._doubtful = self._doubtful, set()
+        for path in sorted(touched):
+            self._one(path, touched, outbox)
+            yield
+        if lost:
+            yield from self._compare(touched, outbox)
+        for path in sorted(missing | doubtful | (self._missing if last else set())):
+            self._missing.discard(path)
+            if (path in doubtful or self._lookup(path) is not None) and self._status(path) is None:
+                self._forget(path)
+                outbox.put(op="gone", tree=self.number, path=path)
+                self._directories.add(os.path.dirname(path))
+        self._finish(outbox)
+
+    def _compare(self, touched: dict[str, bool], outbox: Outbox) -> Iterator[None]:
+        """The kernel has forgotten what was touched: look at every name, here and there."""
+        for directory in sorted(self._sent):
+            for name in list(self._sent.get(directory, ())):
+                path = join(directory, name)
+                sent, status = self._lookup(path), self._status(path)
+                if sent is None or status is None or sent.times is None or Sent.of(status) != sent:
+                    self._one(path, {**touched, path: True}, outbox)
+                yield
+            for name, _ in self._list(directory):
+                if self._lookup(join(directory, name)) is None:
+                    self._one(join(directory, name), touched, outbox)
+                    yield
+
+    def _below(self, directory: str, outbox: Outbox, touched: dict[str, bool] | None = None) -> Iterator[None]:
+        """All that is in a directory."""
+        self._directories.add(directory)
+        for name, status in self._list(directory):
+            path = join(directory, name)
+            self._one(path, touched or {}, outbox, below=False)
+            yield
+            if stat.S_ISDIR(status.st_mode):
+                yield from self._below(path, outbox, touched)
+
+    def _one(self, path: str, touched: dict[str, bool], outbox: Outbox, *, below: bool = True) -> None:
+        """Send a name as it is now."""
+        self.work += 1
+        status, before = self._status(path), self._lookup(path)
+        if status is None:
+            if before is not None:
+                self._missing.add(path)
+            return
+        if path == "":
+            self._directories.add("")
+            return
+        if self._lookup_directory(os.path.dirname(path)) is None:  # it was made with a directory that is not there yet
+            return
+        now = Sent.of(status)
+        fresh = before is None or (before.inode, before.kind) != (now.inode, now.kind)
+        try:
+            if now.kind == stat.S_IFDIR:
+                self._directory(path, status, before, fresh, touched, outbox, below=below)
+            elif now.kind == stat.S_IFREG:
+                self._file(path, status, before, fresh, touched, outbox)
+            else:
+                self._other(path, status, fresh, outbox)
+        except _GONE:
+            if before is not None:
+                self._missing.add(path)
+            return
+        self._missing.discard(path)
+        self._directories.add(os.path.dirname(path))
+
+    def _directory(
+        self,
+        path: str,
+        status: os.stat_result,
+        before: Sent | None,
+        fresh: bool,
+        touched: dict[str, bool],
+        outbox: Outbox,
+        *,
+        below: bool,
+    ) -> None:
+        if fresh:
+            self._watch.add(path)  # before it is looked into: what is made in it later is told of
+            if before is not None:
+                self._forget(path)
+            outbox.put(op="put", tree=self.number, path=path, make="new", kind=stat.S_IFDIR)
+        self._note(path, status, Sent.of(status))
+        self._directories.add(path)
+        if fresh and below:
+            for _ in self._below(path, outbox, touched):
+                pass
+
+    def _file(
+        self,
+        path: str,
+        status: os.stat_result,
+        before: Sent | None,
+        fresh: bool,
+        touched: dict[str, bool],
+        outbox: Outbox,
+    ) -> None:
+        """What it holds is sent if it was touched under any name, and may be another as far as its times tell."""
+        fd = os.open(self._place(path), _READ)
+        try:
+            status = os.fstat(fd)
+            if status.st_ino != (now := Sent.of(status)).inode or not stat.S_ISREG(status.st_mode):
+                return
+            made: dict[str, Any] = {}
+            names = sorted(self._names.get(status.st_ino, set()) - {path})
+            if fresh:
+                if before is not None:
+                    self._forget(path)
+                made = {"make": "hard", "other": names[0]} if names else {"make": "new", "kind": stat.S_IFREG}
+            known = before if not fresh else self._lookup(names[0]) if names else None
+            same = _rests(known, now) and not any(touched.get(name, False) for name in (path, *names))
+            if "kind" in made:
+                self._blocks.pop(status.st_ino, None)
+            fields = {"op": "put", "tree": self.number, "path": path, **made}
+            self.work += 0 if same else status.st_blocks * 512 / BLOCK
+            if same:
+                outbox.put(**fields, meta=self._meta(fd, status))
+            elif status.st_size <= SMALL:
+                found, data = whole(fd, status.st_size)
+                self._blocks.pop(status.st_ino, None)
+                outbox.put(data, **fields, size=status.st_size, runs=found, meta=self._meta(fd, status))
+            else:
+                if made:
+                    outbox.put(**fields)
+                blocks = self._blocks.setdefault(status.st_ino, Blocks())
+                blocks.send(fd, path, status.st_size, outbox, fresh="kind" in made, tree=self.number)
+                outbox.put(op="put", tree=self.number, path=path, meta=self._meta(fd, status))
+            self._note(path, status, now)
+        finally:
+            os.close(fd)
+
+    def _other(self, path: str, status: os.stat_result, fresh: bool, outbox: Outbox) -> None:
+        """A link, a device, a fifo, the name of a socket. They cannot be changed, only replaced."""
+        kind, place = stat.S_IFMT(status.st_mode), self._place(path)
+        fields: dict[str, Any] = {}
+        if fresh:
+            names = sorted(self._names.get(status.st_ino, set()) - {path})
+            if self._lookup(path) is not None:
+                self._forget(path)
+            if names:
+                fields = {"make": "hard", "other": names[0]}
+            else:
+                fields = {"make": "new", "kind": kind}
+                fields |= {"target": os.readlink(place)} if kind == stat.S_IFLNK else {"device": status.st_rdev}
+        meta = self._meta(place, status)
+        outbox.put(op="put", tree=self.number, path=path, **fields, meta=meta)
+        self._note(path, status, Sent.of(status))
+
+    def _finish(self, outbox: Outbox) -> None:
+        """Directories last: what is made in them changes their times."""
+        directories, self._directories = self._directories, set()
+        for path in sorted(directories):
+            with contextlib.suppress(*_GONE):
+                place = self._place(path)
+                status = os.lstat(place)
+                if stat.S_ISDIR(status.st_mode) and self._lookup_directory(path) is not None:
+                    outbox.put(op="put", tree=self.number, path=path, meta=self._meta(place, status))
+
+    # -- here ------------------------------------------------------------------------------------------------------
+
+    def _place(self, path: str) -> str:
+        return f"{self.root}/{path}" if path else self.root
+
+    def _status(self, path: str) -> os.stat_result | None:
+        """None for what is not there, or lies on another file system that is mounted here."""
+        try:
+            status = os.lstat(self._place(path))
+        except _GONE:
+            return None
+        return status if status.st_dev == self.device else None
+
+    def _list(self, directory: str) -> list[tuple[str, os.stat_result]]:
+        found = []
+        try:
+            with os.scandir(self._place(directory)) as entries:
+                for entry in entries:
+                    with contextlib.suppress(*_GONE):
+                        status = entry.stat(follow_symlinks=False)
+                        if status.st_dev == self.device:
+                            found.append((entry.name, status))
+        except _GONE:
+            return []
+        return found
+
+    @staticmethod
+    def _meta(place: str | int, status: os.stat_result) -> dict[str, Any]:
+        """Owner, mode, time, attributes; access control lists are attributes (acl(5), xattr(7))."""
+        where: dict[str, Any] = {} if isinstance(place, int) else {"follow_symlinks": False}
+        try:
+            names = [name for name in os.listxattr(place, **where) if name != MARK]
+            attributes = {name: os.getxattr(place, name, **where) for name in names}
+        except OSError as error:
+            if isinstance(error, _GONE):
+                raise
+            attributes = {}
+        return {
+            "uid": status.st_uid,
+            "gid": status.st_gid,
+            "mode": stat.S_IMODE(status.st_mode),
+            "mtime": status.st_mtime_ns,
+            **({"attributes": encode_attributes(attributes)} if attributes else {}),
+        }
+
+    # -- there -----------------------------------------------------------------------------------------------------
+
+    def _lookup(self, path: str) -> Sent | None:
+        directory, name = os.path.split(path)
+        return self._sent.get(directory, {}).get(name)
+
+    def _lookup_directory(self, path: str) -> Sent | str | None:
+        """A directory that is there; the top always is."""
+        if not path:
+            return "top"
+        found = self._lookup(path)
+        return found if found is not None and found.kind == stat.S_IFDIR else None
+
+    def _note(self, path: str, status: os.stat_result, sent: Sent) -> None:
+        directory, name = os.path.split(path)
+        before = self._lookup(path)
+        if before is not None and before.inode != sent.inode:
+            self._drop(path, before)
+        self._sent.setdefault(directory, {})[name] = sent
+        if sent.kind != stat.S_IFDIR:
+            self._names.setdefault(status.st_ino, set()).add(path)
+
+    def _drop(self, path: str, sent: Sent) -> None:
+        names = self._names.get(sent.inode, set())
+        names.discard(path)
+        if not names:
+            self._names.pop(sent.inode, None)
+            self._blocks.pop(sent.inode, None)
+
+    def _forget(self, path: str) -> None:
+        """It is not there any more, nor what was below it."""
+        directory, name = os.path.split(path)
+        sent = self._sent.get(directory, {}).pop(name, None)
+        if sent is None:
+            return
+        self._drop(path, sent)
+        if sent.kind == stat.S_IFDIR:
+            for below in list(self._sent.get(path, ())):
+                self._forget(join(path, below))
+            self._sent.pop(path, None)
+
+
+def _rests(known: Sent | None, now: Sent) -> bool:
+    """Whether a file is as it was, as far as its size and the time of the last change of its content tell."""
+    if known is None or known.times is None or now.times is None:
+        return False
+    return (known.size, known.times[0]) == (now.size, now.times[0])
+
+
+def count(root: str) -> tuple[int, int]:
+    """How many names are below a directory, and how many bytes they take on its disk."""
+    names = size = 0
+    device = os.lstat(root).st_dev
+    waiting: list[str] = [root]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    with contextlib.suppress(*_GONE):
+                        status = entry.stat(follow_symlinks=False)
+                        if status.st_dev == device:
+                            names, size = names + 1, size + status.st_blocks * 512
+                            if stat.S_ISDIR(status.st_mode):
+                                waiting.append(entry.path)
+        except _GONE:
+            continue
+        except PermissionError as error:
+            raise PhaulError(f"{error.filename} cannot be read") from error
+    return names, size
+
+
+def below(paths: Iterable[str], place: str) -> bool:
+    """Whether a place is one of these directories, or in one."""
+    return any(place == one or place.startswith(f"{one}/") for one in paths)

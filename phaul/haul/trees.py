@@ -1,0 +1,150 @@
+"""What is asked about the directories of a workload before anything is touched.
+
+The destination sees the same storage if it reads there what the source has written there; nothing else proves it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from phaul_engine.proc.mountinfo import parse_mounts
+
+from phaul.events import Finding
+
+from . import beside, index, rsync
+
+State: TypeAlias = Literal["shared", "free", "taken"]
+
+_ROOM = 1.05  # times what is there: directories and their like come on top
+_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A directory that the workload lives on. `token` is the name of a file in it with `secret`; `names` and `size`
+    (bytes) are what would be sent. `problem` is why it cannot be."""
+
+    path: str
+    names: int = 0
+    size: int = 0
+    token: str = ""
+    secret: str = ""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class TreeAnswer:
+    """What the destination has in its place, and the bytes that are free there. `rsync`: it has the program."""
+
+    state: State
+    text: str = ""
+    free: int = 0
+    rsync: bool = False
+
+
+def describe(path: str, *, counted: bool) -> Tree:
+    """A directory at the source; `counted` if it may have to be sent."""
+    if not counted:
+        return Tree(path)
+    inside = _mounted_inside(path)
+    if inside:
+        return Tree(path, problem=f"{inside} is a mount of its own in it, and only what is on one file system is sent")
+    return Tree(path, *index.count(path))
+
+
+def _mounted_inside(path: str) -> str:
+    with open("/proc/self/mountinfo", "rb") as file:
+        mounts = [str(mount.point) for mount in parse_mounts(file.read())]
+    return next((point for point in mounts if point.startswith(f"{path}/")), "")
+
+
+@contextlib.contextmanager
+def with_tokens(trees: Iterable[Tree]) -> Iterator[tuple[Tree, ...]]:
+    """The trees with a token in each, for as long as the destination is asked."""
+    with contextlib.ExitStack() as stack:
+        yield tuple(_with_token(tree, stack) for tree in trees)
+
+
+def _with_token(tree: Tree, stack: contextlib.ExitStack) -> Tree:
+    token, secret = f"{tree.path}/.phaul-{secrets.token_hex(8)}", secrets.token_hex(16)
+    before = os.stat(tree.path)
+    try:
+        fd = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return tree  # without a token it counts as not shared
+
+    def remove() -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(token)
+            os.utime(tree.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    stack.callback(remove)
+    with os.fdopen(fd, "w") as out:
+        out.write(secret)
+        out.flush()
+        os.fsync(fd)
+    return replace(tree, token=token, secret=secret)
+
+
+def answer(tree: Tree) -> TreeAnswer:
+    """The destination's part: look, and touch nothing."""
+    if _sees(tree):
+        return TreeAnswer("shared")
+    path = Path(tree.path)
+    if os.path.lexists(path) and (not path.is_dir() or path.is_symlink() or any(path.iterdir())):
+        return TreeAnswer("taken", f"{path} is there already")
+    if path.is_mount():
+        return TreeAnswer("taken", f"{path} is a mount there: what comes in gets its name by rename(2)")
+    above = next(one for one in path.parents if one.is_dir())
+    status = above.stat()
+    if status.st_uid != 0 or (status.st_mode & _OTHERS and not status.st_mode & stat.S_ISVTX):
+        return TreeAnswer("taken", f"{above} there can be changed by others than root")
+    return TreeAnswer("free", free=shutil.disk_usage(above).free, rsync=rsync.here())
+
+
+def _sees(tree: Tree) -> bool:
+    if not tree.token or os.path.dirname(tree.token) != tree.path:
+        return False
+    try:
+        return Path(tree.token).read_text() == tree.secret
+    except OSError:
+        return False
+
+
+def hauled(trees: Iterable[Tree], answers: dict[str, TreeAnswer]) -> tuple[str, ...]:
+    """Those that have to be sent, and can be."""
+    found = ((tree.path, answers.get(tree.path)) for tree in trees)
+    return tuple(path for path, known in found if known is not None and known.state == "free")
+
+
+def findings(trees: Iterable[Tree], answers: dict[str, TreeAnswer], there: str, *, ship: bool) -> Iterator[Finding]:
+    """What speaks against it."""
+    for tree in trees:
+        known = answers.get(tree.path)
+        if known is None or known.state == "shared":
+            continue
+        text = f"{tree.path} is not on storage that {there} sees"
+        elsewhere = "keep it on storage that both hosts mount at the same place"
+        if not ship and known.state == "free":
+            yield Finding("blocker", "tree-missing", text, f"{elsewhere}, or let phaul send it: --ship missing")
+        elif not ship:
+            continue  # it was brought there before, by somebody who knows
+        elif tree.problem:
+            yield Finding("blocker", "tree-mounts", f"{text}, and cannot be sent: {tree.problem}", elsewhere)
+        elif known.state == "taken":
+            advice = "move it out of the way there, or see to it yourself and say --ship none"
+            yield Finding("blocker", "tree-in-the-way", f"{text} and would be sent, but {known.text}", advice)
+        elif tree.size * _ROOM > known.free:
+            room = f"{text} and would be sent: {tree.size:,} bytes, and {known.free:,} are free there"
+            yield Finding("blocker", "tree-room", room, "make room there")
+        else:
+            sent = f"it will be sent ({tree.names:,} files, {tree.size:,} bytes), and kept here as NAME{beside.ASIDE}"
+            yield Finding("warning", "tree-sent", text, sent)

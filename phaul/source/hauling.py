@@ -1,0 +1,89 @@
+"""The haul of directories as the works of the source need it: nothing at all where none go along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from phaul_engine.errors import EngineError
+
+from phaul import events
+from phaul.driver import blocking
+from phaul.events import Event
+from phaul.haul import beside
+from phaul.haul.leaving import Leaving
+
+_BRIEF = 0.05  # seconds of a last round that may keep the loop waiting
+
+
+class Hauling:
+    """The directories `trees`."""
+
+    def __init__(
+        self, trees: tuple[str, ...], report: Callable[[Event], None], *, by_rsync: bool, bandwidth: int
+    ) -> None:
+        self._trees = trees
+        self._report = report
+        self._by_rsync = by_rsync
+        self._bandwidth = bandwidth
+        self._leaving: Leaving | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether anything goes along."""
+        return bool(self._trees)
+
+    def begin(self, send: Callable[[bytes], None], alive: Callable[[], None]) -> None:
+        """There is a row: `send` takes letters, `alive` is told while something goes on."""
+        self._leaving = Leaving(self._trees, send, alive=alive, bandwidth=self._bandwidth, by_rsync=self._by_rsync)
+
+    def close(self) -> None:
+        """Let go of the directories."""
+        if self._leaving is not None:
+            self._leaving.close()
+
+    def stop(self) -> None:
+        """Whoever is in a call comes out of it soon, with an error."""
+        if self._leaving is not None:
+            self._leaving.stop()
+
+    def take(self, body: bytes) -> None:
+        """A word of the destination."""
+        if self._leaving is None:
+            raise EngineError("the destination speaks of files, and none go along")
+        self._leaving.take(body)
+
+    def first(self) -> None:
+        """Everything."""
+        if self._leaving is not None:
+            self._leaving.first()
+            self._report(events.Hauled(self._leaving.sent, self._leaving.seconds * 1000))
+
+    def complete(self) -> None:
+        """What lives on the directories can be made there."""
+        if self._leaving is not None:
+            self._leaving.complete()
+
+    def round(self) -> None:
+        """What was touched since the last round; it is there when this returns."""
+        if self._leaving is not None:
+            self._leaving.round()
+
+    def predict(self, pids: Iterable[int]) -> float:
+        """Seconds that the last round would take now, of a tree of these tasks."""
+        return self._leaving.predict(pids) if self._leaving is not None else 0.0
+
+    async def last(self, pids: Iterable[int] = ()) -> None:
+        """In the freeze: what is left. Done here if it does not take long: another thread would have to wait for its
+        turn."""
+        if self._leaving is None:
+            return
+        leaving, pids = self._leaving, list(pids)
+        if leaving.predict(pids) < _BRIEF:
+            leaving.last(pids)
+        else:
+            await blocking(lambda: leaving.last(pids))
+
+    def left_entries(self, pids: Iterable[int]) -> list[dict[str, Any]]:
+        """For the journal: what is to be done with the directories when the tree is dead here."""
+        return [beside.left_entry(self._trees, pids)] if self._trees else []

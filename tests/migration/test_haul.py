@@ -1,0 +1,220 @@
+"""A container whose file system only its own host sees takes that along, while it works with it in every way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hosts import Host, Hosts
+from tests.hosts.files import describe, make_something_of_everything
+from tests.subjects.programs import build, parse_status, wait_until
+
+PLACE = "/srv/own/there/web"
+RUNTIMES = [
+    pytest.param(name, marks=pytest.mark.skipif(not shutil.which(name), reason=f"{name} is not installed"))
+    for name in ("runc", "crun")
+]
+pytestmark = pytest.mark.skipif(not shutil.which("runc"), reason="runc is not installed")
+
+
+@dataclass
+class Container:
+    """A container whose program is `filer`, with a root file system that has something of everything."""
+
+    hosts: Hosts
+    runtime: str
+    name: str = "web"
+
+    def make(self) -> None:
+        """The bundle, on host a alone."""
+        bundle = self.hosts.a.path(PLACE)
+        root = bundle / "rootfs"
+        for directory in ("bin", "dev", "proc", "sys", "tmp", "data", "empty"):
+            (root / directory).mkdir(parents=True)
+        shutil.copy(build("filer", "-static"), root / "bin" / "filer")
+        shutil.copy("/bin/busybox", root / "bin" / "busybox")
+        make_something_of_everything(root / "some")
+        self.hosts.a.run(["sh", "-c", f"cd {PLACE} && runc spec"])
+        path = bundle / "config.json"
+        config = json.loads(path.read_text())
+        config["process"]["terminal"] = False
+        config["process"]["args"] = ["/bin/filer", "/data", "status"]
+        config["root"]["readonly"] = False
+        path.write_text(json.dumps(config))
+
+    def start(self) -> None:
+        """Run it on host a. Skips the test where the runtime does not work at all."""
+        words = f"{self.runtime} --log /tmp/oci.log run -d -b {PLACE} {self.name} </dev/null >/dev/null 2>&1"
+        done = self.hosts.a.run(["sh", "-c", f"{words} || cat /tmp/oci.log; rm -f /tmp/oci.log"])
+        if "RLIM_MEMLOCK" in done.stdout:
+            shutil.rmtree(self.hosts.a.path(f"{PLACE}/.."))
+            pytest.skip(f"{self.runtime} needs CAP_SYS_RESOURCE: {done.stdout.strip()}")
+        assert not done.stdout, done.stdout
+        wait_until(lambda: "writes" in self.status(self.hosts.a), "it runs", 20.0)
+
+    def status(self, host: Host, place: str = PLACE) -> dict[str, str]:
+        """What the program says of itself."""
+        try:
+            return parse_status(host.path(f"{place}/rootfs/data/status").read_text())
+        except FileNotFoundError:
+            return {}
+
+    def goes_on(self, host: Host) -> None:
+        """Wait until it has written more, without an error."""
+        before = int(self.status(host)["writes"])
+        wait_until(lambda: int(self.status(host)["writes"]) > before + 500, f"it runs on: {self.status(host)}", 30.0)
+        assert self.status(host)["state"] == "running", self.status(host)
+
+    def state(self, host: Host) -> str:
+        """What the runtime of a host says of it; empty if it knows none."""
+        done = host.run([self.runtime, "state", self.name], check=False)
+        return str(json.loads(done.stdout)["status"]) if done.returncode == 0 else ""
+
+    def move(self, source: Host, *options: str) -> tuple[int, dict[str, Any]]:
+        """Ask for it: the exit status, and the result."""
+        words = ["phaul", "migrate", "--runc", self.name, f"root@{self.hosts.other(source).address}"]
+        words += ["--json", "--yes", "--max-downtime", "5000", "--ship", "missing", *options]
+        done = source.run(words, check=False)
+        print(done.stdout)
+        return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+    def end(self) -> None:
+        """It passes its own check, wherever it is, and is removed."""
+        (host,) = (each for each in (self.hosts.a, self.hosts.b) if self.state(each))
+        host.run([self.runtime, "kill", self.name, "TERM"])
+        wait_until(lambda: self.state(host) == "stopped", "it ends", 20.0)
+        assert self.status(host)["state"] == "pass", self.status(host)
+        host.run([self.runtime, "delete", self.name])
+        for each in (self.hosts.a, self.hosts.b):
+            shutil.rmtree(each.path(PLACE).parent, ignore_errors=True)
+
+
+def _left(host: Host) -> list[str]:
+    """What stands where the bundle would be."""
+    place = host.path(PLACE).parent
+    return sorted(one.name for one in place.iterdir()) if place.exists() else []
+
+
+@pytest.fixture(params=RUNTIMES)
+def container(hosts: Hosts, request: pytest.FixtureRequest) -> Iterator[Container]:
+    """A container that runs on host a; wherever it is afterwards, it passes its own check and is removed."""
+    one = Container(hosts, request.param)
+    one.make()
+    one.start()
+    yield one
+    one.end()
+
+
+def test_it_takes_its_files_along_and_back(hosts: Hosts, container: Container) -> None:
+    before = describe(hosts.a.path(f"{PLACE}/rootfs/some"))
+    for source, destination in ((hosts.a, hosts.b), (hosts.b, hosts.a)):
+        status, result = container.move(source)
+        assert (status, result["outcome"]) == (0, "migrated"), result
+        container.goes_on(destination)
+        assert (container.state(source), container.state(destination)) == ("", "running")
+        assert describe(destination.path(f"{PLACE}/rootfs/some")) == before
+        assert _left(source) == ["web.migrated"]
+        done = destination.run([container.runtime, "exec", container.name, "/bin/busybox", "ls", "/data/big"])
+        assert done.stdout.strip() == "/data/big"
+    assert _left(hosts.a) == ["web", "web.migrated"]
+
+
+UNDONE = [
+    "source after work PREPARE: error",
+    "source before row PREPARED-FROZEN: error",
+    "source after work FREEZE: error",
+    "source before work COPY: kill",
+    "source after work FREEZE: kill",
+    "destination before work BUILD: error",
+    "destination after work BUILD: error",
+    "destination before send READY: error",
+    "destination after work BUILD: kill",
+    "destination after row PREPARED-PARKED: kill",
+]
+"""Before the commit: the program goes on where it was."""
+FINISHED = ["destination after row PARKED-RESUMED: kill", "source after row COMMITTED-RELEASED: kill"]
+"""After it: there, whoever finishes it."""
+
+
+@pytest.fixture
+def one(hosts: Hosts) -> Iterator[Container]:
+    """A container of runc on host a."""
+    made = Container(hosts, "runc")
+    made.make()
+    made.start()
+    yield made
+    made.end()
+
+
+def _arm(hosts: Hosts, words: str) -> Path:
+    """Have something go wrong; the file to be removed afterwards."""
+    host = hosts.a if words.startswith("source") else hosts.b
+    fault = host.path("/var/lib/phaul/fault")
+    fault.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fault.write_text(f"{words}\n")
+    return fault
+
+
+@pytest.mark.parametrize("words", UNDONE)
+def test_what_fails_leaves_nothing_there(hosts: Hosts, one: Container, words: str) -> None:
+    fault = _arm(hosts, words)
+    status, result = one.move(hosts.a)
+    fault.unlink()
+    assert (status, result["outcome"]) == (30, "stayed"), result
+    wait_until(lambda: not hosts.b.path(PLACE).parent.exists(), f"nothing is left: {_left(hosts.b)}", 30.0)
+    assert _left(hosts.a) == ["web"]
+    wait_until(lambda: (one.state(hosts.a), one.state(hosts.b)) == ("running", ""), "it is where it was", 30.0)
+    one.goes_on(hosts.a)
+
+
+@pytest.mark.parametrize("words", FINISHED)
+def test_what_dies_after_the_commit_is_finished(hosts: Hosts, one: Container, words: str) -> None:
+    fault = _arm(hosts, words)
+    one.move(hosts.a)
+    fault.unlink()
+    wait_until(lambda: _left(hosts.b) == ["web"], f"it has its name: {_left(hosts.b)}", 30.0)
+    wait_until(lambda: _left(hosts.a) == ["web.migrated"], f"the other is put aside: {_left(hosts.a)}", 60.0)
+    wait_until(lambda: (one.state(hosts.a), one.state(hosts.b)) == ("", "running"), "it is there", 30.0)
+    one.goes_on(hosts.b)
+
+
+def test_what_is_found_before_anything_is_touched(hosts: Hosts, one: Container) -> None:
+    status, result = one.move(hosts.a, "--ship", "none")
+    assert (status, "or let phaul send it: --ship missing" in str(result["reason"])) == (20, True), result
+    there = hosts.b.path(PLACE)
+    there.mkdir(parents=True)
+    (there / "somebody's").write_text("somebody's")
+    status, result = one.move(hosts.a)
+    assert (status, f"{PLACE} is there already" in str(result["reason"])) == (20, True), result
+    assert os.listdir(there) == ["somebody's"]
+    shutil.rmtree(there)
+    there.parent.chmod(0o777)
+    status, result = one.move(hosts.a)
+    assert (status, "can be changed by others than root" in str(result["reason"])) == (20, True), result
+    there.parent.rmdir()
+    hosts.a.run(["mount", "-t", "tmpfs", "inside", f"{PLACE}/rootfs/empty"])
+    status, result = one.move(hosts.a)
+    hosts.a.run(["umount", f"{PLACE}/rootfs/empty"])
+    assert (status, "is a mount of its own in it" in str(result["reason"])) == (20, True), result
+    assert (_left(hosts.a), _left(hosts.b)) == (["web"], [])
+
+
+def test_a_disk_that_gets_full(hosts: Hosts, one: Container) -> None:
+    parent = str(Path(PLACE).parent)
+    hosts.b.run(["sh", "-c", f"mkdir {parent} && mount -t tmpfs -o size=16m,mode=755 small {parent}"])
+    with hosts.a.path(f"{PLACE}/rootfs/data/more").open("wb") as file:
+        file.truncate(64 << 20)  # holes take no room, until the program writes to them
+        hosts.a.run(["sh", "-c", f"(sleep 1; dd if=/dev/urandom of={file.name} bs=1M count=32) >/dev/null 2>&1 &"])
+        status, result = one.move(hosts.a)
+    assert (status, result["outcome"]) in ((30, "stayed"), (20, "refused")), result
+    wait_until(lambda: _left(hosts.b) == [], f"nothing is left: {_left(hosts.b)}", 30.0)
+    hosts.b.run(["umount", parent])
+    hosts.b.path(parent).rmdir()
+    one.goes_on(hosts.a)

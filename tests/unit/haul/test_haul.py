@@ -1,0 +1,135 @@
+"""What is said of directories that go along, before anything is touched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from phaul_engine.errors import EngineError
+from phaul_engine.namespaces.mnt import externals
+from phaul_engine.namespaces.mnt.judge import Host
+from phaul_engine.proc.mountinfo import parse_mounts
+
+from phaul.haul import arriving, trees, wire
+from phaul.haul.places import NOWHERE, Places
+from phaul.haul.trees import Tree, TreeAnswer
+from phaul.migration import Verdict
+from phaul.policy import Gate, Incoming, Rule
+from phaul.source.rounds import Passed, Wanted, decide, predict
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+def _checks(tree: Tree, answer: TreeAnswer, *, ship: bool = True) -> list[tuple[str, str]]:
+    found = trees.findings([tree], {tree.path: answer}, "there", ship=ship)
+    return [(one.severity, one.check) for one in found]
+
+
+def test_what_is_found() -> None:
+    tree, free = Tree("/a/web", names=3, size=1000), TreeAnswer("free", free=2000)
+    assert _checks(tree, TreeAnswer("shared")) == []
+    assert _checks(tree, free) == [("warning", "tree-sent")]
+    assert _checks(tree, free, ship=False) == [("blocker", "tree-missing")]
+    assert _checks(tree, TreeAnswer("free", free=1000)) == [("blocker", "tree-room")]
+    assert _checks(tree, TreeAnswer("taken", "it is there")) == [("blocker", "tree-in-the-way")]
+    assert _checks(tree, TreeAnswer("taken", "it is there"), ship=False) == []
+    assert _checks(Tree("/a/web", problem="a mount"), free) == [("blocker", "tree-mounts")]
+    assert trees.hauled([tree, Tree("/b")], {"/a/web": free, "/b": TreeAnswer("shared")}) == ("/a/web",)
+
+
+@root_only
+def test_storage_is_shared_if_a_token_is_read(tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "file").write_text("content")
+    before = os.stat(tmp_path / "web").st_mtime_ns
+    with trees.with_tokens([trees.describe(str(tmp_path / "web"), counted=True)]) as (tree,):
+        assert trees.answer(tree).state == "shared"
+        assert tree.names == 1
+        other = Tree(tree.path, token=tree.token, secret="another")
+        assert trees.answer(other).state == "taken"
+        assert trees.answer(Tree(tree.path, token="/etc/passwd", secret="")).state == "taken"
+    assert os.listdir(tmp_path / "web") == ["file"]
+    assert os.stat(tmp_path / "web").st_mtime_ns == before
+    assert trees.answer(Tree(str(tmp_path / "none"))).state == "free"
+    (tmp_path / "empty").mkdir()
+    assert trees.answer(Tree(str(tmp_path / "empty"))).state == "free"
+    (tmp_path / "link").symlink_to("empty")
+    assert trees.answer(Tree(str(tmp_path / "link"))).state == "taken"
+    assert trees.answer(Tree("/proc")).state == "taken"
+    (tmp_path / "empty").chmod(0o777)
+    assert trees.answer(Tree(str(tmp_path / "empty" / "web"))).state == "taken"
+
+
+def test_places() -> None:
+    assert NOWHERE.command("runc", "create") == ["runc", "create"]
+    places = Places((("/a/web", "/a/web.new"),))
+    assert [places.now(path) for path in ("/a/web", "/a/web/x", "/a/webs")] == ["/a/web.new", "/a/web.new/x", "/a/webs"]
+    options = {externals.PLACES: places.staged}
+    assert [externals.place(options, path) for path in ("/a/web/x", "/a/webs")] == ["/a/web.new/x", "/a/webs"]
+
+
+@root_only
+def test_a_command_sees_the_final_names(tmp_path: Path) -> None:
+    import subprocess
+
+    pairs = []
+    for name in ("a b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.new").mkdir()
+        (tmp_path / f"{name}.new" / "file").write_text(name)
+        pairs.append((str(tmp_path / name), str(tmp_path / f"{name}.new")))
+    words = ["cat", *(f"{final}/file" for final, _ in pairs)]
+    done = subprocess.run(Places(tuple(pairs)).command(*words), capture_output=True, text=True, check=True)
+    assert done.stdout == "a bc"
+    assert os.listdir(tmp_path / "c") == []
+
+
+@pytest.mark.parametrize("path", ["", "a", "/", "/a/../b", "/a/", "/a//b", "/a\0"])
+def test_what_is_no_place(path: str) -> None:
+    with pytest.raises(EngineError):
+        arriving.check_place(path)
+
+
+@pytest.mark.parametrize(
+    "body", [b"x", b"\1\0\0\0", b"\x02\0\0\0\0\0\0\0{}x", b"\1\0\0\0\0\0\0\0x", b"\2\0\0\0\xff\0\0\0{}"]
+)
+def test_records_that_are_none(body: bytes) -> None:
+    with pytest.raises(EngineError):
+        list(wire.unpack(body))
+
+
+def test_records_travel() -> None:
+    records = [wire.Record({"op": "data", "path": "na\udcffme"}, b"\0\xff"), wire.Record({"op": "end"}, b"")]
+    found = list(wire.unpack(b"".join(map(wire.pack, records))))
+    assert [(one.fields, bytes(one.data)) for one in found] == [(one.fields, one.data) for one in records]
+
+
+def test_a_policy_that_lets_nobody_be_root() -> None:
+    gate = Gate("me", Rule(users=("me",), paths=("/srv",)), strict=True)
+    assert any("decides what" in one for one in gate.refusals("destination", Incoming(hauled=("/srv/web",))))
+    gate = Gate("me", Rule(users=("me",), paths=("/srv",), root=True), strict=True)
+    assert gate.refusals("destination", Incoming(hauled=("/srv/web",))) == []
+    assert any("/opt/web" in one for one in gate.refusals("destination", Incoming(hauled=("/opt/web",))))
+    assert gate.refusals("source", Incoming(hauled=("/opt/web",))) == []
+
+
+def test_files_are_part_of_the_predicted_downtime() -> None:
+    wanted = Wanted(max_downtime=0.1, max_rounds=30)
+    without, more = Passed(1000, 4_096_000, 1.0, 10), Passed(1000, 4_096_000, 1.0, 10, haul=0.2)
+    assert predict([more], 0.01, wanted) == pytest.approx(predict([without], 0.01, wanted) + 0.2)
+    assert decide([without], 0.02, wanted).verdict is Verdict.SWITCH
+    assert decide([more], 0.02, wanted).verdict is Verdict.ANOTHER
+
+
+def test_the_name_that_is_hauled_is_preferred(tmp_path: Path) -> None:
+    web, alias = tmp_path / "web", tmp_path / "alias"
+    web.mkdir()
+    alias.symlink_to(tmp_path)
+    status = web.stat()
+    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+    text = f"1 0 {device} / / rw - ext4 x rw\n2 1 {device} {tmp_path} {alias} rw - ext4 x rw\n".encode()
+    mounts = parse_mounts(text)
+    wanted = mounts[0].dev, os.fsencode(str(web)), (status.st_dev, status.st_ino)
+    assert Host(mounts).path(*wanted) == str(web)
+    assert Host(mounts, [str(alias / "web")]).path(*wanted) == str(alias / "web")
