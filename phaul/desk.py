@@ -243,7 +243,8 @@ class Desk:
         kind, subject = str(content["workload"]), str(content["subject"])
         workload = workloads.of(kind).find(subject)
         self._gate.demand("source", Incoming(uids=facts.uids_of(workload.pid), workload=kind))
-        found = facts.program_facts(workload.pid, dict(content.get("options", {})), Store(self._state_directory))
+        options = {**workload.options, **content.get("options", {})}
+        found = facts.program_facts(workload.pid, options, Store(self._state_directory))
         self._told = {file.path for file in found.questions.needed}
         haul = bool(content.get("haul"))
         asked = [trees.describe(path, counted=haul) for path in workload.trees]

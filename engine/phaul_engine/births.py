@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from . import plan
+from . import catching, plan
 from .arena import OwnArena, Seat
 from .clocks import Clocks
 from .errors import GoneError, RebuildError
@@ -76,6 +76,7 @@ class Births:
         self._restoration = restoration
         self._cgroup = cgroup
         self._clocks = clocks
+        self._caught = int(restoration.options.get(catching.ROOT, 0))
         self._cleanup = contextlib.ExitStack()
         self._arena = OwnArena(2 * threads + _SPARE_SLOTS)
         self._cleanup.callback(self._arena.close)
@@ -139,10 +140,7 @@ class Births:
                 assert parent is not None
                 self._fork(self.tasks[parent.pid], child)
             case plan.NewSession(node):
-                program = Program()
-                program.order(NR.setsid)
-                tty.adopt(node.pid, program, self._restoration)
-                self.run(self.tasks[node.pid], program)
+                self._begin_session(self.tasks[node.pid])
             case plan.JoinGroup(node):
                 program = Program()
                 program.order(NR.setpgid, 0, node.pgid, label=f"join process group {node.pgid}")
@@ -153,6 +151,13 @@ class Births:
                 self.run(self.tasks[node.pid], program)
             case plan.Death(node, parent):
                 self._die(self.tasks[node.pid], self.tasks[parent.pid] if parent else self.init)
+
+    def _begin_session(self, task: Task) -> None:
+        program = Program()
+        if os.getsid(task.pid) != task.pid:  # one that was caught may have its own
+            program.order(NR.setsid)
+        tty.adopt(task.node.pid, program, self._restoration)
+        self.run(task, program)
 
     def add_threads(self, task: Task) -> None:
         """Start the threads that a task has not yet."""
@@ -210,6 +215,13 @@ class Births:
         return self._free.pop(0)
 
     def _bear_root(self, node: plan.Node) -> None:
+        if self._caught:
+            if node.placeholder:
+                raise RebuildError("the container's first process leads no session, which its runtime gives it here")
+            self.tasks[node.pid] = task = self._spawn(node)
+            self._introduce(task)
+            self.namespaces.settle_caught(self._restoration.tasks[node.pid], lambda program: self.run(task, program))
+            return
         flags = 0 if node.placeholder else self.namespaces.flags(node.pid)
         apart = not node.placeholder and bool(self.namespaces.of_task(node.pid))
         if apart or not self._restoration.options.get("pidns"):
@@ -249,7 +261,7 @@ class Births:
         check(lib.ph_halt(self._tracer.handle, ffi.new("int32_t[]", [seat.tid]), 1, 5000, err), err)
 
     def _spawn(self, node: plan.Node, namespaces: int = 0) -> Task:
-        """A task that is a child of ours."""
+        """A task that is a child of ours, or was caught (`catching`)."""
         slot = self._slot()
         self._arena.prepare(slot, self._address)
         birth = ffi.new("struct ph_birth *")
@@ -268,7 +280,11 @@ class Births:
             birth.monotonic_sec, birth.monotonic_nsec = divmod(self._clocks.monotonic, 1_000_000_000)
             birth.boottime_sec, birth.boottime_nsec = divmod(self._clocks.boottime, 1_000_000_000)
         err = new_error()
-        pid = check(lib.ph_spawn(self._tracer.handle, birth, err), err)
+        if self._caught:
+            self._take_in(self._caught)
+            pid = check(lib.ph_adopt(self._tracer.handle, self._caught, birth, err), err)
+        else:
+            pid = check(lib.ph_spawn(self._tracer.handle, birth, err), err)
         os.close(birth.pidfd)
         task = Task(node, {node.pid: Seat(slot, pid)}, Table(self._passage, _SOCKET_AT_BIRTH))
         program = Program()
@@ -279,6 +295,15 @@ class Births:
         task.table.move_service(program, max(self._highest_descriptor() + 1, 64))
         self.run(task, program)
         return task
+
+    def _take_in(self, pid: int) -> None:
+        """Put a process that was caught into the cgroup that all others are born into."""
+        if self._cgroup >= 0:
+            procs = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._cgroup)
+            try:
+                os.write(procs, str(pid).encode())
+            finally:
+                os.close(procs)
 
     def _highest_descriptor(self) -> int:
         checkpoint = self._restoration.checkpoint

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from .errors import Blocker, EngineError, GoneError
+from .objects import places
 from .proc.access import list_numbers, open_process, open_thread, read_text
 from .syscalls import NR
 
@@ -36,6 +37,8 @@ _MOUNT_ATTR_NOSUID_NODEV_NOEXEC = 0x2 | 0x4 | 0x8
 _FIRST_PAUSE = 20e-6  # seconds between two looks at cgroup.events; doubles up to the last
 _LAST_PAUSE = 2e-3
 _FREEZER = ("do_freezer_trap", "get_signal")  # the kernel function a frozen task sleeps in, inlined or not
+PREFIX = "phaul-"
+"""The names of cgroups that hold a moving tree begin so."""
 _ROUNDS = 100  # of looking for tasks forked while their parents were moved
 
 
@@ -169,8 +172,23 @@ def examine(pids: Iterable[int]) -> list[Blocker]:
         return [*_examine_spread(homes), *(blocker for path in homes for blocker in _examine_home(hierarchy, path))]
 
 
+def root_of(pid: int) -> str:
+    """The root of the cgroup namespace of a process, as seen from this process's."""
+    outer, inner = path_of(pid), ""
+    proc = open_process(pid)
+    try:
+        namespace = os.open("ns/cgroup", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+        try:
+            inner = places.inside({"cgroup": namespace}, lambda: path_of(pid))
+        finally:
+            os.close(namespace)
+    finally:
+        os.close(proc)
+    return outer.removesuffix(inner) or "/"
+
+
 def _examine_spread(homes: dict[str, int]) -> Iterator[Blocker]:
-    if len(homes) > 1:
+    if len(homes) > 1 and not _under_one_root(homes):
         where = ", ".join(f"pid {pid} in {path}" for path, pid in homes.items())
         yield Blocker(
             "the tree",
@@ -178,6 +196,12 @@ def _examine_spread(homes: dict[str, int]) -> Iterator[Blocker]:
             f"{where}; one freeze holds one cgroup",
             "move its processes into one cgroup",
         )
+
+
+def _under_one_root(homes: dict[str, int]) -> bool:
+    """Whether all are below the root of the first one's cgroup namespace, which is not ours."""
+    root = root_of(next(iter(homes.values())))
+    return root != "/" and all(f"{home}/".startswith(f"{root}/") for home in homes)
 
 
 def _examine_home(hierarchy: Hierarchy, path: str) -> Iterator[Blocker]:
@@ -197,7 +221,8 @@ def _examine_home(hierarchy: Hierarchy, path: str) -> Iterator[Blocker]:
 
 @dataclass
 class Hold:
-    """The cgroup of one moving tree.
+    """The cgroup of one moving tree: one that was made for it, or, for a container whose tasks are in several cgroups,
+    the root of these, which is `borrowed`: there is nothing smaller to freeze, and it stays.
 
     `path` finds it again from another process of the same cgroup namespace. `directory` is a descriptor for
     CLONE_INTO_CGROUP. The control files stay open, so that inside the freeze each act is a single system call.
@@ -207,6 +232,12 @@ class Hold:
     directory: int
     _hierarchy: Hierarchy
     _files: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, hierarchy: Hierarchy, path: str) -> Hold:
+        """One that is made, if its name says so, or one that is borrowed."""
+        parent, _, name = path.rpartition("/")
+        return cls.create(hierarchy, parent or "/", name) if name.startswith(PREFIX) else cls.open(hierarchy, path)
 
     @classmethod
     def create(cls, hierarchy: Hierarchy, parent: str, name: str) -> Hold:
@@ -248,13 +279,28 @@ class Hold:
         self.directory = -1
 
     @property
+    def borrowed(self) -> bool:
+        """Whether it is none that was made to hold a tree."""
+        return not self.path.rpartition("/")[2].startswith(PREFIX)
+
+    @property
     def parent(self) -> str:
         """The cgroup above."""
         return self.path.rpartition("/")[0] or "/"
 
     def members(self) -> set[int]:
         """The processes inside, in numbers of this pid namespace; zombies are not among them."""
-        return _members(self.directory)
+        if not self.borrowed:
+            return _members(self.directory)
+        found: set[int] = set()
+        for directory, _, _ in os.walk(f"/proc/self/fd/{self.directory}/"):
+            with contextlib.suppress(OSError, HoldGoneError):  # it has been removed meanwhile
+                fd = os.open(directory, _DIRECTORY)
+                try:
+                    found |= _members(fd)
+                finally:
+                    os.close(fd)
+        return found
 
     @property
     def frozen(self) -> bool:
@@ -272,6 +318,9 @@ class Hold:
         `tree` lists the processes that live now: children forked while their parents were moved are found by asking
         again until all are inside.
         """
+        if self.borrowed:
+            self._refuse_strangers(tree)
+            return
         for _ in range(_ROUNDS):
             outside = {pid for pid in tree() if _alive(pid)} - self.members()
             if not outside:
@@ -279,6 +328,17 @@ class Hold:
             for pid in sorted(outside):
                 _move(pid, self._files["cgroup.procs"], self.path)
         raise CgroupError(f"the tree forks faster than it can be moved to {self.path}: {len(outside)} are left outside")
+
+    def _refuse_strangers(self, tree: Callable[[], Iterable[int]]) -> None:
+        """What others have put into a container's cgroups would be frozen, and killed, with it."""
+        inside = self.members()
+        strangers = sorted(inside - set(tree()))
+        if strangers:
+            names = ", ".join(_named(pid) for pid in strangers)
+            raise CgroupError(
+                f"{names}: in the container's cgroups, and no process of its tree",
+                advice="end it first: it came in from outside (lxc-attach)",
+            )
 
     def freeze(self, timeout: float) -> float:
         """Stop every task; returns the seconds that it took. Tasks may be in ptrace stops.
@@ -313,7 +373,11 @@ class Hold:
             )
 
     def disband(self) -> None:
-        """Move all that live inside to the cgroup above, and remove this one. They must not be frozen."""
+        """Move all that live inside to the cgroup above, and remove this one. They must not be frozen. What is borrowed
+        stays as it is."""
+        if self.borrowed:
+            self.close()
+            return
         if self.frozen and self.populated:
             raise CgroupError(f"{self.path} is frozen: moving its tasks would set them going one by one")
         procs = -1
@@ -335,7 +399,11 @@ class Hold:
         self.remove()
 
     def remove(self, timeout: float = 1.0) -> None:
-        """Remove the cgroup, which nothing may live in, and close it. Tasks that are just exiting are waited for."""
+        """Remove the cgroup, which nothing may live in, and close it. Tasks that are just exiting are waited for. What
+        is borrowed belongs to whoever has made it."""
+        if self.borrowed:
+            self.close()
+            return
         deadline = time.monotonic() + timeout
         while True:
             try:
@@ -442,6 +510,12 @@ def _read(directory: int, name: str) -> str:
 def _state(proc: int) -> str:
     """The state letter of a process; its comm may hold anything, parentheses too (proc_pid_stat(5))."""
     return read_text(proc, "stat").rpartition(")")[2].split()[0]
+
+
+def _named(pid: int) -> str:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as file:
+        return f"pid {pid} ({file.read().strip()})"
+    return f"pid {pid}"
 
 
 def _alive(pid: int) -> bool:

@@ -17,7 +17,7 @@ from . import calls, plan, sharing, vdso
 from .errors import BlockedError, Blocker, ImageError
 from .memory import guards
 from .native import lib
-from .objects import sysv_ipc, tty
+from .objects import console, sysv_ipc, tty
 from .objects.base import Collection
 from .proc.access import open_at
 
@@ -94,7 +94,7 @@ def _judge_terminals(members: Sequence[Member], collection: Collection) -> None:
     carried = tty.controlled(collection)
     for member in members:
         number = member.stat.tty
-        device = os.makedev(number >> 8 & 0xFFF, number & 0xFF | number >> 12 & 0xFFF00)  # proc_pid_stat(5), tty_nr
+        device = console.device_of(number)
         if carried.get(member.status.ns_sid[-1], 0) == (device if number else 0):
             continue
         collection.block(

@@ -21,6 +21,7 @@ Words = Annotated[
     list[str],
     typer.Argument(metavar="[PID] [USER@]HOST[:PORT]", help="The first process of the program; where to, as for ssh."),
 ]
+Lxc = Annotated[str | None, typer.Option("--lxc", metavar="NAME", help="In place of PID: a container of LXC.")]
 Runc = Annotated[str | None, typer.Option("--runc", metavar="ID", help="In place of PID: a container of runc or crun.")]
 Unit = Annotated[str | None, typer.Option("--unit", metavar="NAME", help="In place of PID: a service of systemd.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what stands in the way.")]
@@ -47,6 +48,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Go on in spite of warnin
 @app.command()
 def migrate(
     words: Words,
+    lxc: Lxc = None,
     runc: Runc = None,
     unit: Unit = None,
     dry_run: DryRun = False,
@@ -96,7 +98,7 @@ def migrate(
     from phaul.cli.view import view
     from phaul.transport.ssh_config import Destination
 
-    workload, subject, host = _what(words, {"oci": runc, "unit": unit})
+    workload, subject, host = _what(words, {"lxc": lxc, "oci": runc, "unit": unit})
     order = orchestrator.Order(
         workload=workload,
         subject=subject,

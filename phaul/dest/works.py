@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from phaul_engine import cgroup, sleep_log
+from phaul_engine import catching, cgroup, sleep_log
 from phaul_engine.clocks import Clocks, machine_clocks, own_clocks
 from phaul_engine.errors import EngineError
 from phaul_engine.footprint import footprint
@@ -25,6 +25,7 @@ from phaul_engine.landing import Landing
 from phaul_engine.memory import fingerprint
 from phaul_engine.memory.sink import PageSink
 from phaul_engine.memory.stream import Channel
+from phaul_engine.namespaces import control_groups
 from phaul_engine.namespaces.mnt import externals
 from phaul_engine.namespaces.net import kind as net_namespace
 from phaul_engine.network import replay
@@ -331,12 +332,17 @@ class DestinationWorks:
         self._accepted(self._survey)
         hierarchy = self._cleanup.enter_context(cgroup.Hierarchy.find())
         name, moved = f"phaul-{self.migration}", [str(text) for text in self._settings.get("moved", ())]
-        parent = self._make_ready() or cgroup.path_of(os.getpid())
-        self.journal.note(cgroup=f"{parent.rstrip('/')}/{name}")
-        self._cgroup = cgroup.Hold.create(hierarchy, parent, name)
+        place = self._make_ready()
+        parent = place.cgroup or cgroup.path_of(os.getpid())
+        spread = control_groups.home_of_spread(self._survey) is not None
+        where = parent if spread else f"{parent.rstrip('/')}/{name}"
+        self.journal.note(cgroup=where)
+        self._cgroup = cgroup.Hold.begin(hierarchy, where)
         self._prepare_network(moved)
         options = {
             **self._settings.get("options", {}),
+            **catching.NOTHING,
+            **place.options,
             confinement.OPTION: self._gate.confinement,
             journal_stream.UNIT: os.path.basename(parent),  # the unit that the tree lives in
             externals.PLACES: self._places.staged,
@@ -357,17 +363,17 @@ class DestinationWorks:
         self.journal.note(tasks=tasks, undo=tuple(Undo(**entry) for entry in staged))
         self.journal.sync()
 
-    def _make_ready(self) -> str:
-        """Have the runtime that the program will belong to make a place for it; the cgroup of that, if it has one."""
+    def _make_ready(self) -> workloads.Place:
+        """Have the runtime that the program will belong to make a place for it."""
         kind, facts = str(self._settings.get("workload", "pid")), dict(self._settings.get("facts", {}))
         journal = self.journal
         if journal is None or kind == "pid":
-            return ""
+            return workloads.Place()
 
         def note(notes: dict[str, Any]) -> None:
             journal.note(workload={"kind": kind, "notes": notes})
 
-        return workloads.of(kind).prepare(facts, note, self._places)
+        return workloads.of(kind).prepare(facts, note, self._tracer, self._places)
 
     def _find_register(self) -> Arbiter:
         """The arbiter's register of this migration, which the source has made."""

@@ -390,6 +390,7 @@ def _orders(request: Request, found: workloads.Found) -> Orders:
         hauled=request.hauled,
         rsync=request.rsync and rsync.here(),
         options={
+            **found.options,
             "tcp": wishes.tcp,
             "shell_job": request.shell_job,
             "pidns": wishes.pidns,

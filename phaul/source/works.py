@@ -25,6 +25,7 @@ from phaul_engine.keeping import keep_images, make_directory
 from phaul_engine.memory.fingerprint import fingerprint, pack
 from phaul_engine.memory.source import PageSource, SourceStatistics
 from phaul_engine.memory.stream import Channel, DeadlineError
+from phaul_engine.namespaces import control_groups
 from phaul_engine.namespaces.net import plug
 from phaul_engine.network import hold as network_hold
 from phaul_engine.network import replay
@@ -203,8 +204,7 @@ class SourceWorks:
 
     def _prepare(self) -> None:
         hierarchy = self._cleanup.enter_context(cgroup.Hierarchy.find())
-        parent = cgroup.path_of(self._orders.root)
-        name = f"phaul-{self.migration}"
+        where = self._where_to_hold()
         pids = self._pids()
         row = Row(
             migration=self.migration,
@@ -213,7 +213,7 @@ class SourceWorks:
             owner=Task.of(os.getpid()),
             program=_words(self._orders.root),
             peer=self._orders.peer,
-            cgroup=f"{parent.rstrip('/')}/{name}",
+            cgroup=where,
             tasks=tuple(_living(pids)),
             undo=(Undo(**network_hold.undo_entry(self.migration, self._own_network)),),
             addresses=self._orders.moved,
@@ -227,7 +227,7 @@ class SourceWorks:
             self.journal = self._store.create(row)
         if self._orders.workload != "pid":
             workloads.of(self._orders.workload).hold(self._orders.facts)
-        self._cgroup = cgroup.Hold.create(hierarchy, parent, name)
+        self._cgroup = cgroup.Hold.begin(hierarchy, where)
         self._cgroup.gather(self._pids)
         self._prepare_network()
         self._send_settings()
@@ -237,6 +237,13 @@ class SourceWorks:
             self._announce(Kind.SURVEY, self.survey.checkpoint)
         threads = sum(len(process.threads) for process in read_tree(self._orders.root))
         self._report(events.Prepared(self.migration, len(pids), threads, self._departure.dirty_pages()))
+
+    def _where_to_hold(self) -> str:
+        """The cgroup to freeze the tree in: a new one, or, if its tasks are in several, what holds them all."""
+        home = control_groups.home_of_spread(self.survey.checkpoint)
+        if home is not None:
+            return home
+        return f"{cgroup.path_of(self._orders.root).rstrip('/')}/{cgroup.PREFIX}{self.migration}"
 
     async def send_trees(self) -> None:
         """Directories that go along, while the destination waits; then the images: what they tell of is there."""

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from phaul.errors import UsageError
 
-from .base import Found, Workload
+from .base import Found, Place, Workload
+from .lxc import Lxc
 from .oci import Oci
 from .plain import Plain
 from .unit import Unit
 
-__all__ = ["Found", "Workload", "of"]
+__all__ = ["Found", "Place", "Workload", "of"]
 
-_KINDS: dict[str, Workload] = {kind.kind: kind for kind in (Plain(), Oci(), Unit())}
+_KINDS: dict[str, Workload] = {kind.kind: kind for kind in (Plain(), Lxc(), Oci(), Unit())}
 
 
 def of(kind: str) -> Workload:

@@ -5,23 +5,37 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from phaul.events import Finding
 from phaul.haul.places import NOWHERE, Places
+
+if TYPE_CHECKING:
+    from phaul_engine.target import Tracer
 
 
 @dataclass(frozen=True)
 class Found:
     """A workload of this host. `pid` is its first process, `words` what people call it. `facts` (JSON) are what the
     destination has to know; `findings` what speaks against moving it, so far as its runtime is concerned. `trees` are
-    the directories that it lives on, none in another: they are on storage that both hosts see, or are sent."""
+    the directories that it lives on, none in another: they are on storage that both hosts see, or are sent. `options`
+    are what the engine has to know on both sides."""
 
     pid: int
     words: str
     facts: dict[str, Any] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     trees: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a runtime has made ready at the destination: the cgroup where the tree is to live, empty for the agent's
+    own, and what the engine has to know (options of a `Restoration`)."""
+
+    cgroup: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 Note: TypeAlias = Callable[[dict[str, Any]], object]
@@ -42,12 +56,12 @@ class Workload(ABC):
         those in `hauled` will come, and are not there yet."""
         return []
 
-    def prepare(self, facts: dict[str, Any], note: Note, places: Places = NOWHERE) -> str:
-        """At the destination: make ready what it will live in, and note it before it is done. Returns the cgroup where
-        the tree is to live, empty for the agent's own. PhaulError if that fails. Trees that have come are under other
-        names until the commit: `places.now` says where a path is, and a command of the runtime is to be run as
-        `places.command` says, which has it see them under their final names."""
-        return ""
+    def prepare(self, facts: dict[str, Any], note: Note, tracer: Tracer, places: Places = NOWHERE) -> Place:
+        """At the destination: make ready what it will live in, and note it before it is done. `tracer` is what the tree
+        will be traced by. EngineError or PhaulError if that fails. Trees that have come are under other names until the
+        commit: `places.now` says where a path is, and a command of the runtime is to be run as `places.command` says,
+        which has it see them under their final names."""
+        return Place()
 
     def take_over(self, notes: dict[str, Any], root: int, pids: Iterable[int]) -> None:
         """At the destination, when it runs: it is the runtime's own. Doing it twice does no harm."""

@@ -26,7 +26,7 @@ import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from phaul_engine.cgroup import path_of
 from phaul_engine.errors import GoneError
@@ -39,7 +39,10 @@ from phaul.events import Finding
 from phaul.haul.places import NOWHERE, Places
 from phaul.journal import Task
 
-from .base import Found, Note, Workload
+from .base import Found, Note, Place, Workload
+
+if TYPE_CHECKING:
+    from phaul_engine.target import Tracer
 
 _NAME = re.compile(r"[A-Za-z0-9_+.-]{1,1024}")
 _CONFIG_MAX = 1 << 22  # bytes
@@ -138,7 +141,7 @@ class Oci(Workload):
         comes = str(facts.get("bundle")) in hauled
         return [*_cannot(runtime), *_taken(runtime, name), *(() if comes else _other_bundle(facts, NOWHERE))]
 
-    def prepare(self, facts: dict[str, Any], note: Note, places: Places = NOWHERE) -> str:
+    def prepare(self, facts: dict[str, Any], note: Note, tracer: Tracer, places: Places = NOWHERE) -> Place:
         runtime, name = _named(facts)
         for finding in (*_cannot(runtime), *_taken(runtime, name), *_other_bundle(facts, places)):
             raise PhaulError(finding.text, advice=finding.advice)
@@ -150,7 +153,7 @@ class Oci(Workload):
             raise PhaulError(f"{runtime.program} has created {name} and does not know it")
         waiting = Task.of(int(state[runtime.pid]))
         note(notes | {"waiting": [waiting.pid, waiting.start]})
-        return path_of(waiting.pid)
+        return Place(path_of(waiting.pid))
 
     def take_over(self, notes: dict[str, Any], root: int, pids: Iterable[int]) -> None:
         runtime, name = _named(notes)

@@ -20,7 +20,7 @@ import os
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from phaul_engine.cgroup import Hierarchy, path_of
 from phaul_engine.errors import EngineError
@@ -31,8 +31,11 @@ from phaul.events import Finding
 from phaul.haul.places import NOWHERE, Places
 
 from . import systemd
-from .base import Found, Note, Workload
+from .base import Found, Note, Place, Workload
 from .systemd import DropIn, show
+
+if TYPE_CHECKING:
+    from phaul_engine.target import Tracer
 
 _RUN = Path("/run/phaul")
 _START = 30.0  # seconds for systemd to come to our front end, with all that the unit requires
@@ -134,7 +137,7 @@ class Unit(Workload):
             return [Finding("blocker", "unit-active", text, f"stop it there: systemctl stop {unit}")]
         return [*_other_definition(unit, facts), *_sockets(unit), *_conflicts(unit)]
 
-    def prepare(self, facts: dict[str, Any], note: Note, places: Places = NOWHERE) -> str:
+    def prepare(self, facts: dict[str, Any], note: Note, tracer: Tracer, places: Places = NOWHERE) -> Place:
         unit = _named(facts)
         for finding in self.examine(facts):
             if finding.severity == "blocker":
@@ -148,7 +151,7 @@ class Unit(Workload):
         os.mkfifo(stage["fifo"], 0o600)
         DropIn(unit).put(_STAGE.format(**stage))
         systemd.start(unit)
-        return _await_front_end(unit)
+        return Place(_await_front_end(unit))
 
     def take_over(self, notes: dict[str, Any], root: int, pids: Iterable[int]) -> None:
         unit = _named(notes)

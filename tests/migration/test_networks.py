@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.hosts import Host, Hosts
-from tests.migration.conftest import Mover
+from tests.migration.conftest import BRIDGE, Mover
 from tests.subjects.programs import Subject, build, start, start_echo_client, wait_until
 
 _ADDRESS, _ADDRESS6, _MAC, _PORT = "10.77.0.50", "fd77::50", "02:77:00:00:00:50", 7777
-_BRIDGE, _OUTER = "brc", "veth-web"
+_BRIDGE, _OUTER = BRIDGE, "veth-web"
 _SERVE = f"""
 until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
 ip link set lo up
@@ -31,25 +31,6 @@ def _ip(host: Host, words: str) -> str:
 
 def _in_network(host: Host, pid: int, words: str) -> str:
     return host.run(["nsenter", "-n", "-t", str(pid), *words.split()]).stdout
-
-
-@pytest.fixture
-def bridges(hosts: Hosts) -> Iterator[None]:
-    """On both hosts a bridge, with eth0 as a port, that has the host's addresses."""
-    pair = (hosts.a, hosts.b)
-    for host in pair:
-        _ip(host, f"link add {_BRIDGE} type bridge")
-        _ip(host, f"link set {_BRIDGE} address {host.spec.mac} up")
-        _ip(host, "addr flush dev eth0")
-        _ip(host, f"link set eth0 master {_BRIDGE}")
-        _ip(host, f"addr add {host.address}/24 dev {_BRIDGE}")
-        _ip(host, f"addr add {host.address6}/64 dev {_BRIDGE} nodad")
-    yield
-    for host in pair:
-        _ip(host, f"link del {_BRIDGE}")
-        _ip(host, f"addr add {host.address}/24 dev eth0")
-        _ip(host, f"addr add {host.address6}/64 dev eth0 nodad")
-    hosts.reset()
 
 
 @pytest.fixture

@@ -211,6 +211,35 @@ struct ph_birth {
 /* Start the root of a skeleton: a traced (EXITKILL, births followed) task that interprets. Returns its pid. */
 long ph_spawn (struct ph_tracer *tracer, struct ph_birth *birth, struct ph_error *err);
 
+/* A network device that was to become a port of a bridge. */
+struct ph_plug {
+	char bridge[16];
+	int32_t port; /* its index */
+};
+
+#define PH_PLUGS 32
+
+/* A command that will start a container. */
+struct ph_catch {
+	const char *path;
+	char *const *argv;
+	char *const *environment;
+	int32_t input, output; /* descriptors; its standard error is `output` too */
+	int32_t timeout_ms;
+	uint32_t plug_count; /* out */
+	struct ph_plug plugs[PH_PLUGS];
+};
+
+/* Run a command that goes to its end with exit status 0, having started a process in a pid namespace of its own, and
+   catch that before it has run any instruction of its program. Returns its pid: traced (EXITKILL, births followed), and
+   stopped; nothing else of what was started is traced any more. -1: none of it is left, so far as it was traced.
+   Nothing is plugged into bridges meanwhile (SIOCBRADDIF of netdevice(7)): what would have been stands in `plugs`. */
+long ph_catch (struct ph_tracer *tracer, struct ph_catch *wanted, struct ph_error *err);
+
+/* Make a caught process the root of a skeleton, with the descriptors, the arena and the clocks of `birth`; it stays in
+   the namespaces and the cgroup that it is in, and keeps its parent, its ids and its limits. Returns its pid. */
+long ph_adopt (struct ph_tracer *tracer, int pid, struct ph_birth *birth, struct ph_error *err);
+
 /* Stop the interpreters of these skeleton tasks for good. */
 int ph_halt (struct ph_tracer *tracer, const int32_t *tids, size_t count, int timeout_ms, struct ph_error *err);
 

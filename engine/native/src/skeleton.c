@@ -1,8 +1,8 @@
 /* The destination's side: a task is born as the static helper, interprets, is halted, and is let go. */
-#include "tracer.h"
-
+#include "birth.h"
 #include "cleanup.h"
 #include "ph_interp.h"
+#include "tracer.h"
 
 #include <asm/unistd.h>
 #include <errno.h>
@@ -25,22 +25,6 @@ extern const size_t ph_helper_elf_size;
 extern const unsigned char ph_init_elf[];
 extern const size_t ph_init_elf_size;
 
-#ifndef PTRACE_O_SUSPEND_SECCOMP
-#define PTRACE_O_SUSPEND_SECCOMP (1 << 21)
-#endif
-#ifndef CLONE_NEWTIME
-#define CLONE_NEWTIME 0x80
-#endif
-
-/* the helper's descriptors (interp/helper.c) and, above them, its image */
-#define FD_CODE 3
-#define FD_ARENA 4
-#define FD_SOCKET 5
-#define FD_IMAGE 6
-#define SKELETON_OPTIONS                                                                                            \
-	(PTRACE_O_EXITKILL | PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK | PTRACE_O_TRACECLONE \
-	 | PTRACE_O_SUSPEND_SECCOMP)
-
 const void *
 ph_init_image (size_t *size)
 {
@@ -58,6 +42,31 @@ memfd_with (const char *name, const void *content, size_t size, struct ph_error 
 	if (fd < 0 || write (fd, content, size) != (ssize_t) size)
 		return ph_fail (err, errno, "make the memory file %s", name);
 	return ph_steal_fd (&fd);
+}
+
+int
+birth_image (struct ph_error *err)
+{
+	return memfd_with ("phaul-helper", ph_helper_elf, ph_helper_elf_size, err);
+}
+
+int
+birth_code (struct ph_error *err)
+{
+	size_t size;
+	const void *bytes = ph_interp_code (&size);
+
+	return memfd_with ("phaul-interp", bytes, size, err);
+}
+
+void
+birth_argument (const struct ph_birth *birth, char *text, size_t size)
+{
+	size_t code_size;
+
+	ph_interp_code (&code_size);
+	snprintf (text, size, "%lx %lx %lx %lx %x", birth->code_address, (code_size + 4095) & ~4095ul,
+		  birth->arena_address, birth->arena_size, birth->slot);
 }
 
 /* A task that is not root in its user namespace would lose its capabilities in exec: be root, or keep them as ambient. */
@@ -108,16 +117,13 @@ child_main (const struct ph_birth *birth, int code, int image, int gate, char *c
 	_exit (101);
 }
 
-/* Children of this thread are born into a time namespace with these offsets (time_namespaces(7)). */
-static int
-enter_time (const struct ph_birth *birth, struct ph_error *err)
+int
+birth_set_clocks (const struct ph_birth *birth, pid_t tid, struct ph_error *err)
 {
 	char path[64], text[128];
 
-	if (syscall (__NR_unshare, CLONE_NEWTIME) < 0)
-		return ph_fail (err, errno, "make a time namespace");
 	/* not in /proc/thread-self: only a task's own directory has the file, and any thread has one */
-	snprintf (path, sizeof (path), "/proc/%d/timens_offsets", (int) syscall (__NR_gettid));
+	snprintf (path, sizeof (path), "/proc/%d/timens_offsets", tid);
 	cleanup_close int fd = open (path, O_WRONLY | O_CLOEXEC);
 	int size = snprintf (text, sizeof (text), "monotonic %lld %lld\nboottime %lld %lld\n", (long long) birth->monotonic_sec,
 			     (long long) birth->monotonic_nsec, (long long) birth->boottime_sec,
@@ -126,6 +132,15 @@ enter_time (const struct ph_birth *birth, struct ph_error *err)
 		return ph_fail (err, errno, "set the clocks of a time namespace to monotonic %+lld s, boottime %+lld s",
 				(long long) birth->monotonic_sec, (long long) birth->boottime_sec);
 	return 0;
+}
+
+/* Children of this thread are born into a time namespace with these offsets (time_namespaces(7)). */
+static int
+enter_time (const struct ph_birth *birth, struct ph_error *err)
+{
+	if (syscall (__NR_unshare, CLONE_NEWTIME) < 0)
+		return ph_fail (err, errno, "make a time namespace");
+	return birth_set_clocks (birth, (pid_t) syscall (__NR_gettid), err);
 }
 
 static pid_t
@@ -171,8 +186,8 @@ struct spawn_job {
 	struct ph_birth *birth;
 };
 
-static int
-wait_idle (pid_t pid, struct ph_birth *birth, struct ph_error *err)
+int
+birth_wait_idle (pid_t pid, const struct ph_birth *birth, struct ph_error *err)
 {
 	size_t offset = (size_t) birth->slot * PH_SLOT_SIZE;
 	struct ph_slot *slot = mmap (NULL, PH_SLOT_SIZE, PROT_READ, MAP_SHARED, birth->arena, (off_t) offset);
@@ -201,10 +216,8 @@ static long
 spawn (void *argument, struct ph_error *err)
 {
 	struct ph_birth *birth = ((struct spawn_job *) argument)->birth;
-	size_t code_size;
-	const void *code_bytes = ph_interp_code (&code_size);
-	cleanup_close int code = memfd_with ("phaul-interp", code_bytes, code_size, err);
-	cleanup_close int image = code < 0 ? -1 : memfd_with ("phaul-helper", ph_helper_elf, ph_helper_elf_size, err);
+	cleanup_close int code = birth_code (err);
+	cleanup_close int image = code < 0 ? -1 : birth_image (err);
 	cleanup_close int pidfd = -1;
 	cleanup_close int gate_in = -1, gate_out = -1;
 	int gate[2];
@@ -220,8 +233,7 @@ spawn (void *argument, struct ph_error *err)
 	gate_out = gate[1];
 	if (birth->deny_setgroups) /* nor could it leave the groups that it has from this thread */
 		syscall (__NR_setgroups, 0, NULL);
-	snprintf (text, sizeof (text), "%lx %lx %lx %lx %x", birth->code_address, (code_size + 4095) & ~4095ul,
-		  birth->arena_address, birth->arena_size, birth->slot);
+	birth_argument (birth, text, sizeof (text));
 	pid_t pid = clone_child (birth, &pidfd, err);
 	if (pid == 0)
 		child_main (birth, code, image, gate_in, argv);
@@ -236,7 +248,7 @@ spawn (void *argument, struct ph_error *err)
 		;
 	else if (write (gate_out, "", 1) != 1)
 		ph_fail (err, errno, "start the skeleton %d", pid);
-	else if (wait_idle (pid, birth, err) == 0)
+	else if (birth_wait_idle (pid, birth, err) == 0)
 		{
 			birth->pidfd = ph_steal_fd (&pidfd);
 			return pid;

@@ -76,6 +76,9 @@ class NamespaceKind(ABC):
         """Make what the images say, early: right after the first task that is in it was born, which has no memory and
         no descriptors yet, and before any other task that is in it."""
 
+    def welcome(self, place: NewNamespace, task: SkeletonTask, restoration: Restoration) -> None:
+        """Another task has been born that is in it, and has nothing yet."""
+
     def update(self, place: NewNamespace, restoration: Restoration) -> None:
         """A round of pre-copy has brought other images: follow, where the tasks that follow next need it."""
 

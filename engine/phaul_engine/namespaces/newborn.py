@@ -1,22 +1,29 @@
 """The namespaces of a tree under construction: which task is born into which, and what is made in them.
 
-The root is born into all that the images give it. Another task that is in one which its parent is not in makes it
-itself (unshare(2)), or joins it (setns(2)) if a task before it has made it.
+The root is born into all that the images give it, or was caught in namespaces that a container's runtime has made
+(`catching`): then it makes what is missing, and what is there is filled. Another task that is in one which its parent
+is not in makes it itself (unshare(2)), or joins it (setns(2)) if a task before it has made it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 
+from phaul_engine import catching
 from phaul_engine.errors import ImageError, RebuildError
+from phaul_engine.objects import places
 from phaul_engine.objects.base import Restoration, SkeletonTask
+from phaul_engine.proc.id_map import read_id_map
 from phaul_engine.program import Program
 from phaul_engine.syscalls import NR
 from phaul_engine.transfer import Runner, Table
 
 from . import census, user
 from .base import NamespaceKind, NewNamespace, kind_named, kinds
+from .net import clearing
+from .net.device import Outer
 
 _DESCRIPTORS = os.O_RDONLY | os.O_CLOEXEC
 
@@ -62,6 +69,30 @@ class Namespaces:
         """The root was born, into new namespaces: make what belongs into them."""
         self._make(task, self.of_task(task.inner_pid))
 
+    def settle_caught(self, task: SkeletonTask, run: Runner) -> None:
+        """The root was caught, in namespaces that were made for it: make what is missing, and what belongs into all."""
+        wanted = self.of_task(task.inner_pid)
+        with contextlib.ExitStack() as stack:
+            there = {}
+            for name in census.NAMES:
+                there[name] = os.open(f"ns/{name}", _DESCRIPTORS, dir_fd=task.proc)
+                stack.callback(os.close, there[name])
+            apart = {name for name, fd in there.items() if not places.same_namespace(fd, name)}
+            for name in sorted(apart - wanted.keys() - {"time", "cgroup"}):
+                raise RebuildError(f"the runtime has given the container a {name} namespace, and it had none")
+            missing = [name for name in wanted if name not in apart]
+            for name in sorted({"pid", "user"} & set(missing)):
+                raise RebuildError(f"the runtime has given the container no {name} namespace, and it had one")
+            if "user" in wanted:
+                _same_ids(self.ids(task.inner_pid), task.proc)
+            if flags := _flags(missing):
+                program = Program()
+                program.order(NR.unshare, flags, label="make namespaces")
+                run(program)
+            if "net" in wanted and "net" not in missing:
+                self._take_outer_ends(clearing.clear(there["net"], self._restoration.options.get(catching.PLUGS, {})))
+        self._make(task, wanted)
+
     def inherit(self, pid: int, parent: int) -> None:
         """A task was born that is wherever its parent is."""
         self._where[pid] = self._where.get(parent, {})
@@ -72,6 +103,7 @@ class Namespaces:
         changed = {name: wanted.get(name, 0) for name in before | wanted if before.get(name) != wanted.get(name)}
         self._where[task.inner_pid] = wanted
         if not changed:
+            self._welcome(task, wanted)
             return
         if "pid" in changed:
             raise ImageError(f"process {task.inner_pid} is in a pid namespace that its parent, {parent}, is not in")
@@ -84,6 +116,13 @@ class Namespaces:
             program.order(NR.unshare, flags, label="make namespaces")
             run(program)
         self._make(task, new)
+        self._welcome(task, {name: number for name, number in wanted.items() if name not in new})
+
+    def _welcome(self, task: SkeletonTask, numbers: Mapping[str, int]) -> None:
+        for name, number in numbers.items():
+            place = self._places.get((name, number))
+            if place is not None:
+                _kind(name).welcome(place, task, self._restoration)
 
     def update(self) -> None:
         """Later images: what tasks need that follow them."""
@@ -114,6 +153,15 @@ class Namespaces:
         for kind in kinds():
             for place in self._of_kind(kind):
                 kind.discard(place, self._restoration)
+
+    def _take_outer_ends(self, outers: Mapping[str, Outer]) -> None:
+        """What was plugged in there before the tree's own devices came; what the user says of one stands."""
+        said = list(self._restoration.options.get("external", ()))
+        found = [
+            f"veth[{inner}]:{outer.name}" + f"@{outer.bridge}" * bool(outer.bridge) for inner, outer in outers.items()
+        ]
+        new = [text for text in found if not any(one.startswith(text.partition(":")[0] + ":") for one in said)]
+        self._restoration.options["external"] = [*said, *new]
 
     def _of_kind(self, kind: NamespaceKind) -> list[NewNamespace]:
         return [place for (name, _), place in self._places.items() if name == kind.name]
@@ -161,6 +209,17 @@ class Namespaces:
             os.close(fd)
         task.root = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=task.proc)
         task.net = os.open("ns/net", _DESCRIPTORS, dir_fd=task.proc)
+
+
+def _same_ids(wanted: user.Ids, proc: int) -> None:
+    """Whether the maps of a user namespace are those of the images: its files belong to others if not."""
+    for text, name in ((wanted.uid_map, "uid_map"), (wanted.gid_map, "gid_map")):
+        extents = sorted(tuple(map(int, line.split())) for line in text.decode().splitlines())
+        if extents != sorted(read_id_map(proc, name)):
+            raise RebuildError(
+                f"the runtime has given the container another {name} than it had",
+                advice="have the same in its configuration on both hosts",
+            )
 
 
 def _flags(names: Iterable[str]) -> int:

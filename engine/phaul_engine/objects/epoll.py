@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import select
+import struct
 from dataclasses import dataclass
 from itertools import chain
 from typing import ClassVar
@@ -22,6 +23,7 @@ from phaul_engine.images.pb import eventpoll_pb2, fdinfo_pb2
 from phaul_engine.proc import fdinfo
 from phaul_engine.proc.fdinfo import EpollTarget
 from phaul_engine.program import Program
+from phaul_engine.syscalls import NR
 
 from .base import Collection, Descriptor, DescriptorKind, Restoration, SkeletonTask, descriptor_kind
 from .description import settle_status, signal_owner, status_flags
@@ -30,6 +32,8 @@ _ONESHOT = 1 << 30
 _ALWAYS = 0x8 | 0x10  # EPOLLERR, EPOLLHUP: every registration asks for them, but a one-shot that has fired
 _ANY = 0x1 | 0x4  # EPOLLIN, EPOLLOUT
 _MAX_NUMBER = 1 << 24
+_CTL_ADD, _CTL_DEL = 1, 2
+_event = struct.Struct("<IQ")  # struct epoll_event, which is packed here
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Epoll(DescriptorKind):
         self, entry: fdinfo_pb2.file_entry, fd: int, task: SkeletonTask, program: Program, restoration: Restoration
     ) -> None:
         _register(entry, restoration.made[entry.id], restoration)
+        _watch_own_signals(entry, fd, task, program, restoration)
 
     def settle(self, entry: fdinfo_pb2.file_entry, fd: int, restoration: Restoration) -> None:
         _register(entry, fd, restoration)
@@ -172,6 +177,21 @@ def _register(entry: fdinfo_pb2.file_entry, epoll: int, restoration: Restoration
     }
     calls.apart(lambda: _apply(epoll, have, wanted, {**alive, **targets}))
     known[entry.id] = (generation, wanted)
+
+
+def _watch_own_signals(
+    entry: fdinfo_pb2.file_entry, epoll: int, task: SkeletonTask, program: Program, restoration: Restoration
+) -> None:
+    """A signalfd tells an epoll instance of the signals of the process that has registered it, whoever waits: so these
+    are registered once more, inside the one that has both."""
+    checkpoint = restoration.checkpoint
+    records = checkpoint.records("fdinfo", checkpoint.one("ids", task.inner_pid).files_id)
+    table = {record.message.fd: record.message.id for record in records}
+    for key, (events, data) in _wanted(entry, restoration).items():
+        if table.get(key.tfd) == key.target and restoration.entry(key.target).type == fdinfo_pb2.SIGNALFD:
+            event = program.data(_event.pack(events, data))
+            program.order(NR.epoll_ctl, epoll, _CTL_DEL, key.tfd, 0, label="watch no signals of the engine's")
+            program.order(NR.epoll_ctl, epoll, _CTL_ADD, key.tfd, event, label="watch signals")
 
 
 def _apply(

@@ -16,8 +16,10 @@ from phaul_engine.objects import credentials  # isort: skip
 from phaul_engine.objects import process_attributes  # isort: skip
 from phaul_engine.objects import thread_attributes  # isort: skip
 from phaul_engine.objects import landlock  # isort: skip
+from phaul_engine.objects import cgroup_set  # isort: skip
 
 __all__ = (
+    "cgroup_set",
     "credentials",
     "fingerprint",
     "landlock",

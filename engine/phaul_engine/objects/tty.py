@@ -1,4 +1,4 @@
-"""Pseudoterminals whose both sides are in the tree (pty(7), ioctl_tty(2)).
+"""Pseudoterminals whose both sides are in the tree, and consoles (`console`) (pty(7), ioctl_tty(2)).
 
 A pair is one terminal with two images, CRIU's: one for the master, one for the slave. Settings are read and set
 through the master, which the kernel lets speak for the slave. A terminal whose master is elsewhere is a person's: it
@@ -21,7 +21,7 @@ from phaul_engine.images.pb import core_pb2, fdinfo_pb2, tty_pb2
 from phaul_engine.program import Program, Results
 from phaul_engine.syscalls import NR
 
-from . import unsupported
+from . import console, unsupported
 from .base import (
     Collection,
     Descriptor,
@@ -88,6 +88,9 @@ class Terminal(DescriptorKind):
     def finish(self, collection: Collection) -> None:
         for index, found in collection.scratch.pop(self.name, {}).items():
             master = next((one for one in found if one.status.st_rdev == _MASTER), None)
+            if master is None and collection.options.get(console.OPTION):
+                _collect_console(index, found, collection)
+                continue
             if master is None:
                 for descriptor in found:
                     collection.block(descriptor, *unsupported.TERMINAL)
@@ -97,6 +100,8 @@ class Terminal(DescriptorKind):
 
     def rebuild(self, entry: fdinfo_pb2.file_entry, restoration: Restoration) -> int:
         info = _info(entry.tty.tty_info_id, restoration)
+        if console.is_console(info, restoration):
+            return console.open_slave(info.pty.index, entry.tty.flags, restoration)
         pair = _pair(info.pty.index, restoration)
         if info.id == _info_id(info.pty.index, True):
             if pair.given:
@@ -109,6 +114,8 @@ class Terminal(DescriptorKind):
         info = _info(entry.tty.tty_info_id, restoration)
         if info.id == _info_id(info.pty.index, True):
             _settle_pair(fd, info)
+        elif console.is_console(info, restoration):
+            _settle_settings(fd, info)
         elif info.exclusive:
             fcntl.ioctl(fd, termios.TIOCEXCL)
         settle_status(fd, entry.tty.flags, entry.tty.fown, restoration)
@@ -151,7 +158,8 @@ def adopt(leader: int, program: Program, restoration: Restoration) -> None:
     """Add what the leader of a session that has just been made does to get its controlling terminal, if it has one."""
     info = _controlling(leader, restoration)
     if info is not None:
-        _pair(info.pty.index, restoration)
+        if not console.is_console(info, restoration):
+            _pair(info.pty.index, restoration)
         fd = _open_in_task(info, program)
         program.order(NR.ioctl, fd, termios.TIOCSCTTY, 0, label="take the controlling terminal")
         program.order(NR.close, fd)
@@ -208,6 +216,25 @@ def _collect_pair(index: int, master: Descriptor, slave: Descriptor | None, coll
             info.uid, info.gid = ids.uid_inside(slave.status.st_uid), ids.gid_inside(slave.status.st_gid)
         _collect_settings(info, master.own)
         collection.checkpoint.put("tty-info", None, info)
+
+
+def _collect_console(index: int, slaves: list[Descriptor], collection: Collection) -> None:
+    if not collection.survey:
+        console.refuse_unread(index, slaves, collection)
+    sid, pgrp = console.leaders(_slave_device(index), collection)
+    info = tty_pb2.tty_info_entry(
+        id=_info_id(index, False),
+        type=tty_pb2.PTY,
+        locked=False,
+        exclusive=False,
+        packet_mode=False,
+        sid=sid,
+        pgrp=pgrp,
+        rdev=_kernel_dev(_slave_device(index)),
+    )
+    info.pty.index = index
+    _collect_settings(info, slaves[0].own)
+    collection.checkpoint.put("tty-info", None, info)
 
 
 def _kernel_dev(dev: int) -> int:
@@ -340,6 +367,13 @@ def _open_in_task(info: tty_pb2.tty_info_entry, program: Program) -> Any:
 
 
 def _settle_pair(master: int, info: tty_pb2.tty_info_entry) -> None:
+    _settle_settings(master, info)
+    fcntl.ioctl(master, termios.TIOCPKT, _ON if info.packet_mode else _OFF)
+    fcntl.ioctl(master, _TIOCSPTLCK, _ON if info.locked else _OFF)
+
+
+def _settle_settings(master: int, info: tty_pb2.tty_info_entry) -> None:
+    """Through either side."""
     if info.HasField("termios"):
         fcntl.ioctl(master, _TCSETS2, _termios2.pack(*_settings(info.termios), *_speeds(info.termios)))
     if info.HasField("termios_locked"):
@@ -350,8 +384,6 @@ def _settle_pair(master: int, info: tty_pb2.tty_info_entry) -> None:
         if max(fields) > 0xFFFF:
             raise ImageError(f"terminal {info.pty.index} has an impossible size")
         fcntl.ioctl(master, termios.TIOCSWINSZ, _winsize.pack(*fields))
-    fcntl.ioctl(master, termios.TIOCPKT, _ON if info.packet_mode else _OFF)
-    fcntl.ioctl(master, _TIOCSPTLCK, _ON if info.locked else _OFF)
 
 
 def _settings(entry: tty_pb2.termios_entry) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 The kernel notes user and group of whoever calls listen, connect or socketpair, and its process. So these are called
 with the effective ids that the image tells. A pair is made inside the task that has the number of its maker, where
-there is one; else the process is the engine's: it cannot act as another one, and a server asks when it accepts.
+there is one, and a listener listens once more in its maker, if that has it: systemctl talks to process 1 alone. Else
+the process is the engine's: it cannot act as another one, and a server asks when it accepts.
 """
 
 from __future__ import annotations
@@ -55,6 +56,26 @@ def pair(usk: sk_unix_pb2.unix_sk_entry, restoration: Restoration) -> tuple[sock
     )
 
 
+def listen_again(usk: sk_unix_pb2.unix_sk_entry, fd: int, inner_pid: int, program: Program) -> None:
+    """Add to a program of a task that has a listener at `fd` what makes it the one whom connections are told of, if it
+    was."""
+    cred = usk.phaul_peer_cred
+    if cred.pid == inner_pid:
+        _take_ids(program, cred)
+        program.order(NR.listen, fd, usk.backlog, label="listen as a socket's maker")
+        _be_root(program)
+
+
+def _take_ids(program: Program, cred: sk_packet_pb2.sk_ucred_entry) -> None:
+    program.order(NR.setresgid, _KEEP, cred.gid, _KEEP, label="take the group of a socket's maker")
+    program.order(NR.setresuid, _KEEP, cred.uid, _KEEP, label="take the user of a socket's maker")
+
+
+def _be_root(program: Program) -> None:
+    program.order(NR.setresuid, _KEEP, 0, _KEEP, label="be root again")
+    program.order(NR.setresgid, _KEEP, 0, _KEEP, label="be root's group again")
+
+
 def _pair_inside(
     kind: int,
     cred: sk_packet_pb2.sk_ucred_entry,
@@ -63,11 +84,9 @@ def _pair_inside(
 ) -> tuple[socket.socket, socket.socket]:
     program = Program()
     numbers = program.space(8)
-    program.order(NR.setresgid, _KEEP, cred.gid, _KEEP, label="take the group of a socket's maker")
-    program.order(NR.setresuid, _KEEP, cred.uid, _KEEP, label="take the user of a socket's maker")
+    _take_ids(program, cred)
     program.order(NR.socketpair, socket.AF_UNIX, kind | socket.SOCK_CLOEXEC, 0, numbers, label="make a socket pair")
-    program.order(NR.setresuid, _KEEP, 0, _KEEP, label="be root again")
-    program.order(NR.setresgid, _KEEP, 0, _KEEP, label="be root's group again")
+    _be_root(program)
     left, right = struct.unpack("ii", inside(cred.pid, program).bytes(numbers))
     pidfd = os.pidfd_open(restoration.pid(cred.pid))
     try:

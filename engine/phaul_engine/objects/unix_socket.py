@@ -26,9 +26,10 @@ from phaul_engine.errors import RebuildError
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.pb import fdinfo_pb2, sk_opts_pb2, sk_unix_pb2
 from phaul_engine.proc.sock_diag import DiagSocket, UnixSocket
+from phaul_engine.program import Program
 
 from . import inet, journal_stream, mounted, pipe, socket_options, socket_queue, staged, unix_credentials, unix_names
-from .base import Collection, Descriptor, DescriptorKind, Owner, Restoration, descriptor_kind
+from .base import Collection, Descriptor, DescriptorKind, Owner, Restoration, SkeletonTask, descriptor_kind
 from .description import settle_status, signal_owner, status_flags
 from .tcp_stream import State
 
@@ -200,6 +201,12 @@ class Unix(DescriptorKind):
             _bind(sock, usk, made, restoration)
             return sock
         return _make_pair(usk, peer, made, restoration)
+
+    def attach(
+        self, entry: fdinfo_pb2.file_entry, fd: int, task: SkeletonTask, program: Program, restoration: Restoration
+    ) -> None:
+        if entry.usk.state == State.LISTEN:
+            unix_credentials.listen_again(entry.usk, fd, task.inner_pid, program)
 
     def settle(self, entry: fdinfo_pb2.file_entry, fd: int, restoration: Restoration) -> None:
         made = _made(restoration)

@@ -27,16 +27,18 @@ class cgroup_prop_entry(_message.Message):
     def __init__(self, name: _Optional[bytes] = ..., value: _Optional[bytes] = ..., perms: _Optional[_Union[cgroup_perms, _Mapping]] = ...) -> None: ...
 
 class cgroup_dir_entry(_message.Message):
-    __slots__ = ("dir_name", "children", "properties", "dir_perms")
+    __slots__ = ("dir_name", "children", "properties", "dir_perms", "phaul_xattrs")
     DIR_NAME_FIELD_NUMBER: _ClassVar[int]
     CHILDREN_FIELD_NUMBER: _ClassVar[int]
     PROPERTIES_FIELD_NUMBER: _ClassVar[int]
     DIR_PERMS_FIELD_NUMBER: _ClassVar[int]
+    PHAUL_XATTRS_FIELD_NUMBER: _ClassVar[int]
     dir_name: bytes
     children: _containers.RepeatedCompositeFieldContainer[cgroup_dir_entry]
     properties: _containers.RepeatedCompositeFieldContainer[cgroup_prop_entry]
     dir_perms: cgroup_perms
-    def __init__(self, dir_name: _Optional[bytes] = ..., children: _Optional[_Iterable[_Union[cgroup_dir_entry, _Mapping]]] = ..., properties: _Optional[_Iterable[_Union[cgroup_prop_entry, _Mapping]]] = ..., dir_perms: _Optional[_Union[cgroup_perms, _Mapping]] = ...) -> None: ...
+    phaul_xattrs: _containers.RepeatedCompositeFieldContainer[cgroup_prop_entry]
+    def __init__(self, dir_name: _Optional[bytes] = ..., children: _Optional[_Iterable[_Union[cgroup_dir_entry, _Mapping]]] = ..., properties: _Optional[_Iterable[_Union[cgroup_prop_entry, _Mapping]]] = ..., dir_perms: _Optional[_Union[cgroup_perms, _Mapping]] = ..., phaul_xattrs: _Optional[_Iterable[_Union[cgroup_prop_entry, _Mapping]]] = ...) -> None: ...
 
 class cg_controller_entry(_message.Message):
     __slots__ = ("cnames", "dirs", "is_threaded")

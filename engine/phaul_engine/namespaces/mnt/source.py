@@ -223,10 +223,15 @@ def _inodes(tree: MountTree) -> dict[int, tuple[int, int]]:
     return found
 
 
+def _device(number: int) -> int:
+    """A device as images number it."""
+    return os.makedev(number >> 20, number & 0xFFFFF)
+
+
 def _remember(entry: mnt_pb2.mnt_entry, known: Known) -> None:
     """What an earlier pass has decided stands."""
     kind = filesystems.kind_of(entry)
-    device = os.makedev(entry.root_dev >> 20, entry.root_dev & 0xFFFFF)
+    device = _device(entry.root_dev)
     if entry.ext_key or entry.phaul_path:
         known.add(device, entry.root)
     elif filesystems.way(kind) is not Way.OUTSIDE:
@@ -258,7 +263,7 @@ def _carry_removed(entry: mnt_pb2.mnt_entry, fd: int, ids: Ids, view: NamespaceV
 
 def _collect_content(view: NamespaceView, reader: _Reader, seen: Seen, now: Pass, collection: Collection) -> None:
     """The files on file systems that exist nowhere but in the tree's mounts."""
-    filled = _filled(seen.tree)
+    filled = {device: entries for device, entries in _filled(seen.tree).items() if not now.host.has(_device(device))}
     missing = [entries[0] for entries in filled.values() if entries[0].mnt_id not in seen.held]
     seen.held |= {number: os.dup(fd) for number, fd in reader.clones(seen.tree, missing).items()}
     for device, entries in filled.items():

@@ -14,6 +14,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
+from phaul_engine import catching
 from phaul_engine.errors import RebuildError
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.pb import fdinfo_pb2, mnt_pb2
@@ -54,6 +55,7 @@ class Mounts:
         self._hidden: dict[int, int] = {}
         self._directories: dict[tuple[int, str], int] = {}  # hidden ones, by mount and name
         self._followed = restoration.checkpoint
+        self._caught = bool(restoration.options.get(catching.ROOT))
 
     def close(self) -> None:
         """Let go of all mounts: what is attached stays."""
@@ -138,7 +140,11 @@ class Mounts:
         """Have in the workshop what mounts are of."""
         missing: dict[int, list[mnt_pb2.mnt_entry]] = {}
         for entry in entries:
-            if entry.ext_key or (built.place.of_root and entry is built.tree.root and not self._filled(entry)):
+            if self._caught and built.place.of_root and entry is built.tree.root:
+                self._workshop.add(entry.root_dev, entry.root, _clone_inside(built.place.descriptor, b"/"))
+            elif self._caught and built.place.of_root and _is_of_runtime(entry):
+                self._workshop.add(entry.root_dev, entry.root, _clone_inside(built.place.descriptor, entry.mountpoint))
+            elif entry.ext_key or (built.place.of_root and entry is built.tree.root and not self._filled(entry)):
                 path = self._path_outside(entry, is_root=entry is built.tree.root)
                 what = f"the mount at {os_text(entry.mountpoint)}"
                 confinement.check_mount(self._restoration, path, what)
@@ -373,6 +379,17 @@ def _worker(built: Built) -> Worker:
     found = built.place.descriptors
     names = [name for name, fd in found.items() if name != "time" and not places.same_namespace(fd, name)]
     return Worker(found, names=names, modules=(making.__name__,))
+
+
+def _is_of_runtime(entry: mnt_pb2.mnt_entry) -> bool:
+    """Whether a mount has the consoles in it whose masters the runtime holds."""
+    kind = filesystems.kind_of(entry)
+    return (kind, entry.mountpoint, entry.root) == ("devpts", b"/dev/pts", b"/")
+
+
+def _clone_inside(namespace: int, point: bytes) -> int:
+    """What the runtime of a container has mounted, in a namespace that it has made (`catching`)."""
+    return places.inside({"mnt": namespace}, lambda: api.clone(os_text(point)))
 
 
 def _clone_outside(path: str, entry: mnt_pb2.mnt_entry) -> int:

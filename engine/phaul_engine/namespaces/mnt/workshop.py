@@ -175,10 +175,9 @@ class Workshop:
         """A mount in peer group `number` of the images, which mounts of the same file system can be put into. `masters`
         are the groups that groups receive from, `devices` their file systems. To be called in here."""
         if number not in self._groups:
-            root, origin = min(
-                (one for one in self._origins.get(devices[number], ())), key=lambda one: len(one[0]), default=(b"", -1)
-            )
-            if origin < 0 or not lies_in(entry.root, root):
+            fitting = (one for one in self._origins.get(devices[number], ()) if lies_in(entry.root, one[0]))
+            _, origin = min(fitting, key=lambda one: len(one[0]), default=(b"", -1))
+            if origin < 0:
                 raise RebuildError(f"nothing here has all of what shares its mounts with {os_text(entry.mountpoint)}")
             mount = api.clone("", origin)
             self._stack.callback(os.close, mount)

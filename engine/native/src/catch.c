@@ -1,0 +1,301 @@
+/* A container's runtime starts, and its first process is caught when it is about to begin. */
+#include "birth.h"
+#include "cleanup.h"
+#include "tracer.h"
+
+#include <asm/unistd.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/sockios.h>
+#include <net/if.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define FOLLOW                                                                                                      \
+	(PTRACE_O_EXITKILL | PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK | PTRACE_O_TRACECLONE \
+	 | PTRACE_O_TRACEEXEC)
+#define STOP_EVENT(status) ((unsigned) (status) >> 16)
+
+struct hunt {
+	struct ph_catch *wanted;
+	pid_t command; /* what we have started; 0 when it has ended */
+	pid_t caught;
+	int status; /* the command's, when it has ended */
+	pid_t *others;
+	size_t count, room;
+};
+
+static bool
+knows (const struct hunt *hunt, pid_t pid)
+{
+	for (size_t i = 0; i < hunt->count; i++)
+		if (hunt->others[i] == pid)
+			return true;
+	return false;
+}
+
+static int
+add (struct hunt *hunt, pid_t pid, struct ph_error *err)
+{
+	if (knows (hunt, pid) || pid == hunt->caught)
+		return 0;
+	if (hunt->count == hunt->room)
+		{
+			size_t room = hunt->room ? 2 * hunt->room : 64;
+			pid_t *more = realloc (hunt->others, room * sizeof (*more));
+			if (!more)
+				return ph_fail (err, ENOMEM, "follow another process");
+			hunt->others = more;
+			hunt->room = room;
+		}
+	hunt->others[hunt->count++] = pid;
+	return 0;
+}
+
+static void
+forget (struct hunt *hunt, pid_t pid)
+{
+	for (size_t i = 0; i < hunt->count; i++)
+		if (hunt->others[i] == pid)
+			hunt->others[i--] = hunt->others[--hunt->count];
+}
+
+/* Whether a process is number 1 in a pid namespace below ours (proc_pid_status(5)). */
+static bool
+is_first (pid_t pid)
+{
+	char path[64], line[256];
+	bool first = false;
+
+	snprintf (path, sizeof (path), "/proc/%d/status", pid);
+	FILE *file = fopen (path, "re");
+	while (file && fgets (line, sizeof (line), file))
+		if (strncmp (line, "NSpid:", 6) == 0)
+			{
+				char *here = strtok (line + 6, "\t \n"), *last = here, *next;
+				while ((next = strtok (NULL, "\t \n")))
+					last = next;
+				first = last && last != here && strcmp (last, "1") == 0;
+			}
+	if (file)
+		fclose (file);
+	return first;
+}
+
+static pid_t
+start (const struct ph_catch *wanted, struct ph_error *err)
+{
+	int gate[2];
+
+	if (pipe2 (gate, O_CLOEXEC) < 0)
+		return ph_fail (err, errno, "make a pipe");
+	pid_t pid = fork ();
+	if (pid == 0)
+		{
+			char byte;
+			sigset_t none;
+
+			prctl (PR_SET_PDEATHSIG, SIGKILL);
+			while (read (gate[0], &byte, 1) < 0 && errno == EINTR)
+				;
+			dup2 (wanted->input, 0);
+			dup2 (wanted->output, 1);
+			dup2 (wanted->output, 2);
+			syscall (__NR_close_range, 3, ~0u, 0);
+			prctl (PR_SET_PDEATHSIG, 0);
+			sigemptyset (&none);
+			sigprocmask (SIG_SETMASK, &none, NULL);
+			execve (wanted->path, wanted->argv, wanted->environment);
+			_exit (127);
+		}
+	close (gate[0]);
+	if (pid < 0)
+		ph_fail (err, errno, "start %s", wanted->path);
+	else if (ptrace (PTRACE_SEIZE, pid, 0, FOLLOW) < 0)
+		{
+			ph_fail (err, errno, "trace %s", wanted->path);
+			kill (pid, SIGKILL);
+			waitpid (pid, NULL, 0);
+			pid = -1;
+		}
+	else if (write (gate[1], "", 1) != 1)
+		ph_fail (err, errno, "start %s", wanted->path);
+	close (gate[1]);
+	return pid;
+}
+
+/* The caught one stops again before it has run a single instruction: from there calls can be made in it. */
+static int
+settle (struct hunt *hunt, pid_t pid, struct ph_error *err)
+{
+	hunt->caught = pid;
+	forget (hunt, pid);
+	if (ptrace (PTRACE_SETOPTIONS, pid, 0, SKELETON_OPTIONS) < 0
+	    && ptrace (PTRACE_SETOPTIONS, pid, 0, SKELETON_OPTIONS & ~PTRACE_O_SUSPEND_SECCOMP) < 0)
+		return ph_fail (err, errno, "trace process %d", pid);
+	if (ptrace (PTRACE_INTERRUPT, pid, 0, 0) < 0 || ptrace (PTRACE_CONT, pid, 0, 0) < 0)
+		return ph_fail (err, errno, "interrupt process %d", pid);
+	if (trace_wait_stop (pid, ph_now_us () + 5000000, NULL, err) < 0)
+		return -1;
+	for (size_t i = 0; i < hunt->count; i++) /* one that has ended meanwhile is told of below */
+		ptrace (PTRACE_INTERRUPT, hunt->others[i], 0, 0);
+	return 0;
+}
+
+/* A device is to become a port of a bridge: note it, and have no call made. */
+static void
+unplug (struct hunt *hunt, pid_t pid, uint64_t argument)
+{
+	struct ph_catch *wanted = hunt->wanted;
+	struct ifreq request = { 0 };
+	struct iovec here = { &request, sizeof (request) }, there = { (void *) argument, sizeof (request) };
+
+	if (process_vm_readv (pid, &here, 1, &there, 1, 0) != sizeof (request) || wanted->plug_count == PH_PLUGS)
+		return;
+	struct ph_plug *plug = &wanted->plugs[wanted->plug_count++];
+	memcpy (plug->bridge, request.ifr_name, sizeof (plug->bridge));
+	plug->bridge[sizeof (plug->bridge) - 1] = 0;
+	plug->port = request.ifr_ifindex;
+}
+
+/* The entry of a system call, or its exit. A call that is not made has number -1 in between, and succeeds. */
+static void
+look_at_call (struct hunt *hunt, pid_t pid)
+{
+	struct __ptrace_syscall_info info = { 0 };
+	struct user_regs_struct regs;
+	struct ph_error ignored;
+
+	if (ptrace (PTRACE_GET_SYSCALL_INFO, pid, sizeof (info), &info) <= 0)
+		return;
+	bool plugs = info.op == PTRACE_SYSCALL_INFO_ENTRY && info.entry.nr == __NR_ioctl && info.entry.args[1] == SIOCBRADDIF;
+	if (!plugs && info.op != PTRACE_SYSCALL_INFO_EXIT)
+		return;
+	if (info.op == PTRACE_SYSCALL_INFO_EXIT && info.exit.rval != -ENOSYS)
+		return;
+	if (trace_get_regs (pid, &regs, &ignored) < 0)
+		return;
+	if (plugs)
+		{
+			unplug (hunt, pid, info.entry.args[2]);
+			regs.orig_rax = ~0ul;
+		}
+	else if (regs.orig_rax == ~0ul)
+		regs.rax = 0;
+	trace_set_regs (pid, &regs, &ignored);
+}
+
+/* What one of them was stopped for. When the first process is caught, all others are let go. */
+static int
+take (struct hunt *hunt, pid_t pid, int status, struct ph_error *err)
+{
+	unsigned event = STOP_EVENT (status);
+	int signal = event ? 0 : WSTOPSIG (status);
+	unsigned long born;
+
+	if (add (hunt, pid, err) < 0)
+		return -1;
+	if ((event == PTRACE_EVENT_FORK || event == PTRACE_EVENT_VFORK || event == PTRACE_EVENT_CLONE)
+	    && ptrace (PTRACE_GETEVENTMSG, pid, 0, &born) == 0 && add (hunt, (pid_t) born, err) < 0)
+		return -1;
+	if (event == PTRACE_EVENT_EXEC && !hunt->caught && is_first (pid))
+		return settle (hunt, pid, err);
+	if (event == 0 && signal == (SIGTRAP | 0x80))
+		{
+			look_at_call (hunt, pid);
+			signal = 0;
+		}
+	if (hunt->caught)
+		{
+			if (ptrace (PTRACE_DETACH, pid, 0, signal) == 0 || errno == ESRCH)
+				forget (hunt, pid);
+		}
+	else if (event == PTRACE_EVENT_STOP && WSTOPSIG (status) != SIGTRAP)
+		ptrace (PTRACE_LISTEN, pid, 0, 0);
+	else
+		ptrace (PTRACE_SYSCALL, pid, 0, signal);
+	return 0;
+}
+
+static bool
+over (const struct hunt *hunt)
+{
+	return hunt->caught ? hunt->count == 0 && !hunt->command : hunt->count == 0;
+}
+
+static int
+follow (struct hunt *hunt, struct ph_error *err)
+{
+	int64_t deadline = ph_now_us () + (int64_t) hunt->wanted->timeout_ms * 1000;
+
+	while (!over (hunt))
+		{
+			int status;
+			pid_t pid = waitpid (-1, &status, __WALL | __WNOTHREAD | WNOHANG);
+
+			if (pid == 0 || (pid < 0 && errno == EINTR))
+				{
+					if (ph_now_us () > deadline)
+						return ph_fail (err, ETIMEDOUT, "wait for %s", hunt->wanted->path);
+					usleep (100);
+					continue;
+				}
+			if (pid < 0)
+				break;
+			if (pid == hunt->caught)
+				return ph_fail (err, ECHILD, "the first process of the container ended with status %#x", status);
+			if (WIFSTOPPED (status))
+				{
+					if (take (hunt, pid, status, err) < 0)
+						return -1;
+					continue;
+				}
+			forget (hunt, pid);
+			if (pid == hunt->command)
+				{
+					hunt->command = 0;
+					hunt->status = status;
+				}
+		}
+	if (hunt->caught && hunt->status == 0)
+		return 0;
+	return ph_fail (err, ECHILD, "%s ended with status %#x", hunt->wanted->path, hunt->status);
+}
+
+static long
+catch (void *argument, struct ph_error *err)
+{
+	struct hunt hunt = { .wanted = argument };
+	pid_t pid = start (hunt.wanted, err);
+	int result = -1;
+
+	if (pid < 0)
+		return -1;
+	hunt.command = pid;
+	if (add (&hunt, pid, err) == 0)
+		result = follow (&hunt, err);
+	if (result < 0)
+		{
+			if (hunt.caught)
+				kill (hunt.caught, SIGKILL);
+			for (size_t i = 0; i < hunt.count; i++)
+				kill (hunt.others[i], SIGKILL);
+			while (waitpid (-1, NULL, __WALL | __WNOTHREAD) > 0 || errno == EINTR)
+				;
+		}
+	free (hunt.others);
+	return result < 0 ? -1 : hunt.caught;
+}
+
+long
+ph_catch (struct ph_tracer *tracer, struct ph_catch *wanted, struct ph_error *err)
+{
+	return ph_tracer_call (tracer, catch, wanted, err);
+}

@@ -1,0 +1,54 @@
+"""The configuration of an LXC container (lxc.container.conf(5)), as pairs of keys and values in their order."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeAlias
+
+from phaul.errors import PhaulError
+
+Config: TypeAlias = list[tuple[str, str]]
+
+_DEEPEST = 16  # of files that include others
+_LARGEST = 1 << 20  # bytes
+
+
+def read(path: Path, depth: int = 0) -> Config:
+    """What a file says, with what it includes. PhaulError if one of them cannot be read."""
+    if depth > _DEEPEST:
+        raise PhaulError(f"{path} is included too deeply")
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_LARGEST + 1)
+    except OSError as error:
+        raise PhaulError(f"{path}: {error.strerror}") from error
+    if len(text) > _LARGEST:
+        raise PhaulError(f"{path} is larger than {_LARGEST} bytes")
+    found: Config = []
+    for line in text.decode(errors="surrogateescape").splitlines():
+        key, equals, value = line.strip().partition("=")
+        key, value = key.strip(), value.strip().strip('"')
+        if not equals or key.startswith("#"):
+            continue
+        if key == "lxc.include":
+            for one in _included(Path(value)):
+                found += read(one, depth + 1)
+        else:
+            found.append((key, value))
+    return found
+
+
+def _included(path: Path) -> list[Path]:
+    """A file, or the files of a directory whose names end in .conf. What is not there says nothing."""
+    if not path.is_dir():
+        return [path] if path.exists() else []
+    return sorted(path / name for name in os.listdir(path) if name.endswith(".conf"))
+
+
+def root(text: str) -> str | None:
+    """The directory of a root file system; None if it is something else, which LXC mounts."""
+    kind, colon, rest = text.partition(":")
+    if text.startswith("/"):
+        return text
+    return rest if colon and kind == "dir" else None
