@@ -28,6 +28,7 @@ _HEXADECIMAL |= {"sigaction", "restorer", "mask", "blk_sigset", "sigmask", "siva
 _HEXADECIMAL |= {"ss_sp", "rseq_abi_pointer"} | set(core_x86_pb2.user_x86_regs_entry.DESCRIPTOR.fields_by_name)
 _HEXADECIMAL_PREFIXES = ("mm_", "cap_")
 _INDENT = "  "
+_EXTRA = 1024  # bytes of what follows a record that are shown
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def list_images(location: Location) -> list[Listed]:
 
 
 def show_file(location: Location, name: str) -> dict[str, Any]:
-    """One image: its name, kind and entries; what follows a record stands under `extra`."""
+    """One image: its name, kind and entries; what follows a record stands under `extra`, and how many more bytes there
+    are of it under `extra_left_out`."""
     parsed = parse_name(name)
     if parsed is None or parsed[0].message is None:
         raise ImageError(f"{name} holds no records that could be shown")
@@ -99,10 +101,12 @@ def _pages_by_round(directory: ImageDirectory) -> dict[str, dict[str, int]]:
 
 
 def record_to_dict(record: Record) -> dict[str, Any]:
-    """A record as a dict."""
+    """A record as a dict; of what follows it, such as the content of a deleted file, the beginning."""
     shown = to_dict(record.message)
     if record.payload:
-        shown["extra"] = _text(record.payload)
+        shown["extra"] = _text(record.payload[:_EXTRA])
+        if len(record.payload) > _EXTRA:
+            shown["extra_left_out"] = len(record.payload) - _EXTRA
     return shown
 
 
