@@ -53,6 +53,8 @@ def resolve(
     copy did since, if it ran; `destination` kills the frozen copy. You are told what you have to be sure of, and asked
     to type it; scripts say it with --assert.
 
+    With --json each migration is one line, whatever came of it.
+
     Exit status: 0 resolved, 40 in doubt (needs --keep, or the other host back), 50 lost.
     """
     if keep not in (None, "source", "destination"):
@@ -71,18 +73,28 @@ def resolve(
         try:
             verdict = asyncio.run(resolving.resolve(name, word, settings))
         except PhaulError as error:
+            if as_json:
+                _print(name, error.outcome, str(error), where=error.where, advice=error.advice)
             if migration is not None:
                 raise
             report(error)
-            verdict = resolving.Verdict(error.outcome, str(error))
+            if not as_json:
+                print(f"{name}: {error}")
+            statuses.append(_STATUS.get(error.outcome, Exit.ERROR))
+            continue
         if as_json:
-            print(json.dumps({"event": "resolved", "id": name, "outcome": verdict.outcome, "reason": verdict.text}))
+            _print(name, verdict.outcome, verdict.text)
         else:
             print(f"{name}: {verdict.text}")
         statuses.append(_STATUS.get(verdict.outcome, Exit.ERROR))
     if not names and not as_json:
         print("nothing is left to finish")
     raise typer.Exit(max(statuses))
+
+
+def _print(name: str, outcome: str, reason: str, **more: str) -> None:
+    """The one line of a migration with --json, however it went."""
+    print(json.dumps({"event": "resolved", "id": name, "outcome": outcome, "reason": reason, **more}))
 
 
 def _vouched(keep: str, assertion: str | None, text: str) -> bool:

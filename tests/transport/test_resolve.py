@@ -166,6 +166,26 @@ def test_all_that_nobody_works_on_is_finished_at_once(store: Store) -> None:
     assert (again.returncode, again.stdout) == (0, "nothing is left to finish\n")
 
 
+def test_in_json_doubt_and_loss_are_told_too(store: Store, tmp_path: Path) -> None:
+    for words in ((ID,), ()):
+        done = phaul(store, "resolve", *words, "--json")
+        told = json.loads(done.stdout)
+        assert (done.returncode, told["event"], told["id"], told["outcome"]) == (40, "resolved", ID, "in-doubt"), done
+        assert "the copy on this host is frozen" in told["where"]
+        assert f"phaul resolve {ID} --keep source" in told["advice"]
+    there = Store(tmp_path / "there" / "state")
+    facts = {"boot": "0" * 36, "owner": Task(pid=os.getpid(), start=1), "peer": "db1"}
+    with there.create(Row(migration=ID, role=Role.DESTINATION, **facts)) as journal:  # type: ignore[arg-type]
+        journal.transition(State.PREPARED, State.PARKED)
+        journal.transition(State.PARKED, State.RESUMED)
+    done = phaul(there, "resolve", ID, "--json")
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["outcome"]) == (50, "lost"), done
+    assert "this host went down after the program had gone on here" in told["reason"]
+    unknown = phaul(store, "resolve", "ffffffffffff", "--json")
+    assert (unknown.returncode, json.loads(unknown.stdout)["outcome"]) == (1, "error"), unknown
+
+
 def test_a_report_tells_every_state(store: Store) -> None:
     told = json.loads(phaul(store, "report", "--json").stdout)
     assert [change["state"] for change in told["history"]] == ["prepared", "frozen", "committed"]
