@@ -181,6 +181,7 @@ class Desk:
         from phaul.journal import Store
         from phaul.migration import Message, Received, Role
         from phaul.recovery import Recovery, overrule_register
+        from phaul.transport.relay import socket_path
 
         migration, role = str(content.get("migration", "")), Role(content.get("role", ""))
         answer, keep = str(content.get("answer", "")), str(content.get("keep", ""))
@@ -209,6 +210,8 @@ class Desk:
 
             recovery = Recovery(journal, ask=ask, keep=Role(keep) if keep else None, asked=answer == "ask")
             ended = recovery.run()
+            if journal.row.ended:  # a keeper that was killed has left its listener's name
+                socket_path(self._run_directory, migration, role).unlink(missing_ok=True)
             sent = str(recovery.sent[-1].message) if recovery.sent else ""
             return asdict(Resolved(str(ended.outcome), ended.why, sent))
 

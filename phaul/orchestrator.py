@@ -17,9 +17,10 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from phaul import events, policy
+from phaul import resolve as resolving
 from phaul.config import MovedAddress, Settings
 from phaul.desk import Standing, Visitor
-from phaul.errors import CancelledError, InDoubtError, PhaulError, RefusedError
+from phaul.errors import CancelledError, InDoubtError, LostError, PhaulError, RefusedError
 from phaul.events import Finding, Result, Sink
 from phaul.haul import trees
 from phaul.policy import Incoming
@@ -33,6 +34,7 @@ from phaul.transport.ssh_config import Destination, SshOptions
 _WORDS = 5.0  # seconds to ask the destination what went wrong there
 _PATIENCE, _PAUSE = 30.0, 0.25  # seconds that a keeper gets, and between two looks at the journal
 _STAYED = ("refused", "stayed", "cancelled", "error")  # outcomes after which nothing of it is there
+_AGAIN = 30.0  # seconds to ask the destination through SSH when its agent does not answer
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # not SIGHUP: a terminal that is lost calls nothing off
 
 
@@ -99,7 +101,7 @@ async def migrate(order: Order, settings: Settings, sink: Sink) -> Result:
             request = _request(migration, order, settings, hosts, wishes)
             request = replace(request, carried=examined.carried, hauled=examined.hauled, rsync=examined.rsync)
             async with _shipped(examined.missing, hosts, sink) as kept:
-                result = await _run(request, hosts, sink, interrupts)
+                result = await _run(request, hosts, settings, sink, interrupts)
                 kept.set_result(result.outcome not in _STAYED)
     total = (time.monotonic() - started) * 1000
     return result if result.total_ms is not None else replace(result, total_ms=total)
@@ -248,43 +250,75 @@ def _request(migration: str, order: Order, settings: Settings, hosts: _Hosts, wi
     )
 
 
-async def _run(request: Request, hosts: _Hosts, sink: Sink, interrupts: _Interrupts) -> Result:
+async def _run(request: Request, hosts: _Hosts, settings: Settings, sink: Sink, interrupts: _Interrupts) -> Result:
     """Start both agents and listen until the result."""
     destination = await hosts.there.attach("destination", request.migration)
     source = await hosts.here.attach("source", request.migration)
     client = Client(source, destination, hosts.connection.forward)
     progress = _Progress(sink)
-    running = asyncio.create_task(client.run(request, progress))
+    running = asyncio.create_task(_result(client, request, settings, progress))
     cancelling = asyncio.create_task(_cancel(client, interrupts, progress, request.migration))
     try:
         await asyncio.wait({running, cancelling}, return_when=asyncio.FIRST_COMPLETED)
         if not running.done():
             raise _left(request.migration)
         return await _with_words_from_there(running.result(), request, hosts)
-    except ChannelClosed:
-        return await _settled(request)
     finally:
         for task in (running, cancelling):
             task.cancel()
         await asyncio.gather(running, cancelling, return_exceptions=True)
 
 
-async def _settled(request: Request) -> Result:
-    """The agent here is gone. Its keeper finishes what it began; the journal says how."""
+async def _result(client: Client, request: Request, settings: Settings, progress: _Progress) -> Result:
+    """What the agent here says of the end; its journal, when it is gone. In doubt, the destination is asked again."""
+    try:
+        result = await client.run(request, progress)
+    except ChannelClosed:
+        result = await _settled(request)
+    return result if result.outcome != "in-doubt" else await _asked_again(result, request, settings, progress)
+
+
+async def _asked_again(result: Result, request: Request, settings: Settings, sink: Sink) -> Result:
+    """What `phaul resolve` finds out now, if it can: agents may be gone, but their rows, and SSH, still be there."""
+    sink(events.Notice("warning", f"in doubt: {result.reason}", f"asking {request.destination} again, through SSH"))
+    with contextlib.suppress(PhaulError, OSError, TimeoutError):
+        try:
+            async with asyncio.timeout(_AGAIN):
+                await _standing(request, lambda now: not now.owned)
+                verdict = await resolving.resolve(request.migration, None, settings)
+        except LostError as error:
+            return replace(result, outcome=error.outcome, reason=_told(error))
+        why = f"{result.reason}; asked again: {verdict.text}"
+        if verdict.outcome == "migrated":
+            return replace(result, outcome="migrated", reason=why)
+        if verdict.outcome == "stayed":
+            return replace(result, outcome="stayed", reason=why)
+    return result
+
+
+async def _standing(request: Request, settled: Callable[[Standing], bool]) -> Standing:
+    """What the journal here says, as soon as it is settled, or when patience is at its end."""
     standing = Standing()
     async with local.start_agent(hello.local(relay.FEATURES)) as link:
         desk = Visitor(link, "this host")
         for _ in range(round(_PATIENCE / _PAUSE)):
             standing = await desk.journal(request.migration, "source")
-            if standing.ended or not standing.state:
+            if settled(standing):
                 break
             await asyncio.sleep(_PAUSE)
+    return standing
+
+
+async def _settled(request: Request) -> Result:
+    """The agent here is gone. Its keeper finishes what it began; the journal says how."""
+    standing = await _standing(request, lambda now: now.ended or not now.state)
     ended = "the agent on this host ended unexpectedly" + _explained(standing, "this host")
     if standing.ended and standing.state == "released":
         return Result("migrated", request.pid, reason=ended)
     if not standing.state or (standing.ended and standing.state == "aborted"):
         return Result("stayed", request.pid, reason=f"{ended}; it runs on here; try again")
-    raise InDoubtError(f"{ended}, and its row says {standing.state}", migration=request.migration)
+    doubt = InDoubtError(f"{ended}, and its row says {standing.state}", migration=request.migration)
+    return Result(doubt.outcome, request.pid, reason=_told(doubt))
 
 
 def _explained(standing: Standing, host: str) -> str:
@@ -401,5 +435,8 @@ def run(order: Order, settings: Settings, sink: Sink) -> Result:
 
 def failed(error: PhaulError, order: Order) -> Result:
     """The result that an error is: `--json` ends with one, whatever happened."""
-    reason = "; ".join(filter(None, (str(error), error.where, error.advice)))
-    return Result(error.outcome, order.pid, reason=reason)
+    return Result(error.outcome, order.pid, reason=_told(error))
+
+
+def _told(error: PhaulError) -> str:
+    return "; ".join(filter(None, (str(error), error.where, error.advice)))
