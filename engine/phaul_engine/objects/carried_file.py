@@ -175,7 +175,8 @@ def create(entry: memfd_pb2.memfd_inode_entry, restoration: Restoration) -> int:
         shutil.rmtree(staging, ignore_errors=True, dir_fd=parent)
         os.close(parent)
         raise
-    restoration.scratch.setdefault(_MADE, {})[bytes(entry.phaul_path)] = Staged(parent, staging, leaf, path)
+    made = Staged(parent, staging, leaf, path, tuple(restoration.tasks.values()))
+    restoration.scratch.setdefault(_MADE, {})[bytes(entry.phaul_path)] = made
     return fd
 
 

@@ -115,7 +115,7 @@ def bind(
         advice = f"make the directory {parent} here, as it was at the source" if error.errno == errno.ENOENT else ""
         what = f"cannot bind a unix socket to {path} here: {error.strerror}"
         raise RebuildError(what, advice=advice) from error
-    return staged.Staged(descriptor, staging, base, path)
+    return staged.Staged(descriptor, staging, base, path, tuple(restoration.tasks.values()))
 
 
 def bind_hidden(sock: socket.socket, name: bytes, restoration: Restoration) -> None:
