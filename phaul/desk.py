@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -181,7 +181,6 @@ class Desk:
         from phaul.journal import Store
         from phaul.migration import Message, Received, Role
         from phaul.recovery import Recovery, overrule_register
-        from phaul.transport.relay import socket_path
 
         migration, role = str(content.get("migration", "")), Role(content.get("role", ""))
         answer, keep = str(content.get("answer", "")), str(content.get("keep", ""))
@@ -189,7 +188,7 @@ class Desk:
         journal = Store(self._state_directory).open(migration, role)
         if journal is None:
             return asdict(Resolved("error", "there is no such migration here", str(Message.UNKNOWN)))
-        with journal:
+        with journal, self._tidied(journal):
             if self._gate.strict and not self._gate.owns(journal.row.caller):
                 raise PolicyError(f"migration {migration} is {journal.row.caller}'s, not {self._gate.who}'s")
             if answer == Message.RELEASED:
@@ -210,10 +209,18 @@ class Desk:
 
             recovery = Recovery(journal, ask=ask, keep=Role(keep) if keep else None, asked=answer == "ask")
             ended = recovery.run()
-            if journal.row.ended:  # a keeper that was killed has left its listener's name
-                socket_path(self._run_directory, migration, role).unlink(missing_ok=True)
             sent = str(recovery.sent[-1].message) if recovery.sent else ""
             return asdict(Resolved(str(ended.outcome), ended.why, sent))
+
+    @contextlib.contextmanager
+    def _tidied(self, journal: Journal) -> Iterator[None]:
+        """A keeper that was killed has left the name of its listener, which goes when its row has ended."""
+        from phaul.transport.relay import socket_path
+
+        yield
+        row = journal.row
+        if row.ended and not row.owned:
+            socket_path(self._run_directory, row.migration, row.role).unlink(missing_ok=True)
 
     def _receive(self, content: dict[str, Any]) -> dict[str, Any]:
         """A file is coming; what was coming before it is given up."""
