@@ -68,7 +68,9 @@ def test_a_frozen_copy_that_is_killed_is_not_the_program(hosts: Hosts, role: Rol
 PROGRAM = """
 import os, sys, time
 def tell(what):
-    with open("/srv/shared/said." + what, "w") as out: out.write(str(os.getpid()))
+    place = "/srv/shared/said." + what
+    with open(place + ".new", "w") as out: out.write(str(os.getpid()))
+    os.rename(place + ".new", place)
 what, how = sys.argv[1:]
 if what == "changed": tell(what)
 while not os.path.exists("/srv/shared/go"): time.sleep(0.005)

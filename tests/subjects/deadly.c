@@ -9,6 +9,7 @@
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/ptrace.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -63,11 +64,28 @@ really (enum __ptrace_request request, pid_t pid, void *addr, void *data)
 	return next (request, pid, addr, data);
 }
 
-/* Wait for a stop, for 50 ms. */
+/* Whether a task sleeps in a call: on a busy machine one that does not may wait long for a processor. */
+static bool
+sleeps (pid_t tid)
+{
+	char path[32], text[128] = "";
+	const char *end;
+	FILE *file;
+
+	snprintf (path, sizeof path, "/proc/%d/stat", tid);
+	file = fopen (path, "r");
+	if (!file)
+		return true;
+	end = fgets (text, sizeof text, file) ? strrchr (text, ')') : NULL;
+	fclose (file);
+	return !end || end[2] == 'S' || end[2] == 'D';
+}
+
+/* Wait for a stop, until the task has slept for 50 ms. */
 static bool
 stopped (pid_t tid)
 {
-	for (int i = 0; i < 500; i++)
+	for (int asleep = 0; asleep < 500; asleep = sleeps (tid) ? asleep + 1 : 0)
 		{
 			int status;
 
