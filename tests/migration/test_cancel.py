@@ -14,12 +14,13 @@ from typing import Any, TypeAlias
 import pytest
 
 from phaul.migration import Role
-from tests.faults.scene import Scene, wait_hung
+from tests.faults.scene import RUN, Scene, wait_hung
 from tests.hosts import Host, Hosts
 from tests.hosts.host import Process
 from tests.hosts.migrate import migrate_command, moving_service
 from tests.subjects.programs import Subject, start_heap, wait_until
 
+pytestmark = pytest.mark.timeout(300)
 OUT = "/tmp/events"
 Note: TypeAlias = Callable[[str, object], None]
 BOUND = 10.0
@@ -43,7 +44,7 @@ class Command:
         wait_until(
             lambda: any(one["event"] == name and words in json.dumps(one) for one in self.events()),
             f"an event {name} {words}",
-            60.0,
+            150.0,
         )
 
     def interrupt(self) -> None:
@@ -133,7 +134,7 @@ def test_in_a_long_round_over_a_slow_link(hosts: Hosts, heap: Subject, record_pr
         command = Command(hosts, heap.pid, "--compress", "none")
         command.wait_for("round-progress")
         command.ends_cancelled(record_property)
-    assert not hosts.b.alive(heap.pid)
+    _wait_until_gone(hosts, heap.pid)
 
 
 def test_while_the_last_pages_take_long(hosts: Hosts, heap: Subject, record_property: Note) -> None:
@@ -144,7 +145,14 @@ def test_while_the_last_pages_take_long(hosts: Hosts, heap: Subject, record_prop
         wait_until(lambda: _frozen(hosts.a, heap.pid), "the freeze", 30.0)
         time.sleep(1)
         command.ends_cancelled(record_property, lambda: not _frozen(hosts.a, heap.pid))
-    wait_until(lambda: not hosts.b.alive(heap.pid), "the end of the copy, which hears of it behind the pages", 60.0)
+    _wait_until_gone(hosts, heap.pid)
+
+
+def _wait_until_gone(hosts: Hosts, pid: int) -> None:
+    """The copy, which hears of it behind the pages that are under way, and the agents."""
+    wait_until(lambda: not hosts.b.alive(pid), "the end of the copy", 60.0)
+    for host in (hosts.a, hosts.b):
+        wait_until(lambda host=host: not list(host.path(RUN).glob("*.sock")), f"nobody works on {host.name}", 60.0)
 
 
 def _frozen(host: Host, pid: int) -> bool:
