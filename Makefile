@@ -26,7 +26,7 @@ test: lint
 
 # Every fault at every step, for an hour or two; `make test` has a selection of them.
 faults: $(VENV)/installed
-	$(AS_ROOT) env PHAUL_ALL_FAULTS=1 $(BIN)/python -m pytest --timeout 300 $(PYTEST_ARGS) tests/faults
+	$(AS_ROOT) env PHAUL_ALL_FAULTS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/faults
 
 # Every decoder, with libFuzzer and atheris, for FUZZ_SECONDS in all; `make test` has a selection of that.
 fuzz: $(VENV)/installed

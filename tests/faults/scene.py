@@ -192,7 +192,7 @@ def hung(host: Host) -> int | None:
 
 def wait_hung(host: Host) -> int:
     """Wait for that; its PID."""
-    wait_until(lambda: hung(host) is not None, f"an agent on host {host.name} hangs", 60.0)
+    wait_until(lambda: hung(host) is not None, f"an agent on host {host.name} hangs", 150.0)
     pid = hung(host)
     assert pid is not None
     return pid

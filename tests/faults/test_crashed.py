@@ -21,7 +21,6 @@ OWN = every_run(
     (Role.DESTINATION, "after row PARKED-RESUMED"),
 )
 OTHER = every_run((Role.DESTINATION, "before row PARKED-RESUMED"))
-pytestmark = pytest.mark.timeout(300)
 LOST, IN_DOUBT = 50, 40
 STATUS = {  # of `phaul migrate` itself, where the destination goes down there and then
     (Role.DESTINATION, "before row PARKED-RESUMED"): (IN_DOUBT, "in-doubt"),

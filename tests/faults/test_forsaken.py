@@ -20,8 +20,6 @@ POINTS = [  # where whose agent stands when all are killed, and where the progra
 _MODULES = (b"phaul.keeper", b"phaul.source", b"phaul.dest")
 """Keepers first: they would start recovery."""
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def kill_agents(host: Host) -> None:
     words = {pid: host.path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in host.processes()}

@@ -20,7 +20,6 @@ from tests.hosts.host import Process
 from tests.hosts.migrate import migrate_command, moving_service
 from tests.subjects.programs import Subject, start_heap, wait_until
 
-pytestmark = pytest.mark.timeout(300)
 OUT = "/tmp/events"
 Note: TypeAlias = Callable[[str, object], None]
 BOUND = 10.0
@@ -151,8 +150,8 @@ def test_while_the_last_pages_take_long(hosts: Hosts, heap: Subject, record_prop
 def _wait_until_gone(hosts: Hosts, pid: int) -> None:
     """The copy, which hears of it behind the pages that are under way, and the agents."""
     wait_until(lambda: not hosts.b.alive(pid), "the end of the copy", 60.0)
-    for host in (hosts.a, hosts.b):
-        wait_until(lambda host=host: not list(host.path(RUN).glob("*.sock")), f"nobody works on {host.name}", 60.0)
+    places = [host.path(RUN) for host in (hosts.a, hosts.b)]
+    wait_until(lambda: not any(list(place.glob("*.sock")) for place in places), "nobody is at work", 60.0)
 
 
 def _frozen(host: Host, pid: int) -> bool:
