@@ -375,9 +375,13 @@ def _released(journal: Journal) -> Resolved:
 def _aborted(journal: Journal) -> Resolved:
     """The program goes on at the source. A row of an earlier boot, of which nothing lives, has been kept for it to ask:
     it need not be any more. One that is decided, or whose agent lives, has heard of it or will."""
-    from phaul.recovery import Recovery
+    from phaul.haul import beside
+    from phaul.recovery import Recovery, undo
 
     if not journal.row.same_boot:
+        for entry in journal.row.undo:
+            if entry.kind == beside.KIND:  # all else went with the boot
+                undo(entry)
         journal.end()
         return Resolved("stayed", "by the source's word")
     if journal.row.owned or journal.row.ended:

@@ -162,6 +162,11 @@ class _Tree:
                     finally:
                         os.close(fd)
             os.fsync(top)
+            above = os.open(os.path.dirname(self.final), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(above)  # its name
+            finally:
+                os.close(above)
         finally:
             os.close(top)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ KIND, LEFT_KIND = "haul", "haul-left"
 MARK = "trusted.phaul.migrated"
 """Of a directory that was put aside."""
 ASIDE = ".migrated"
+_ENDING = 3.0  # seconds
 
 
 def staged_name(final: str, migration: str) -> str:
@@ -34,10 +36,17 @@ def entry(final: str, staged: str, made: Iterable[str]) -> dict[str, Any]:
 
 
 def discard(data: dict[str, Any]) -> None:
-    """It never runs here: nothing of it is left. OSError if something cannot be removed."""
+    """It never runs here: nothing of it is left. OSError if something cannot be removed. An rsync that was started for
+    an agent that is dead may still be ending."""
     final, staged = str(data["final"]), str(data["staged"])
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(staged)
+    deadline = time.monotonic() + _ENDING
+    while os.path.lexists(staged):
+        try:
+            shutil.rmtree(staged)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
     for directory in (final, *reversed(data["made"])):
         with contextlib.suppress(OSError):
             os.rmdir(directory)

@@ -11,7 +11,7 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from phaul.errors import PhaulError
@@ -22,6 +22,7 @@ from .watch import Watch, join
 from .wire import Outbox, encode_attributes
 
 _YOUNG = 50_000_000  # nanoseconds: times that are so young may stand for a later change too
+_RECENT = 3600.0  # seconds: rsync leaves the times of links and devices that it makes in the same second
 _GONE = (FileNotFoundError, NotADirectoryError)
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -97,15 +98,17 @@ class Index:
                     work += os.lstat(self._place(path)).st_blocks * 512 / BLOCK
         return work
 
-    def adopt(self) -> list[str]:
+    def adopt(self, go_on: Callable[[], None]) -> list[str]:
         """Note everything as sent, and watch it: from now on whatever is touched is sent again. For the round that
-        another program sends, all but what is returned: large files with holes, which it would fill."""
+        another program sends, all but what is returned: large files with holes, which it would fill. `go_on` is called
+        now and then, and may end it by raising."""
         holes = []
         self._sent, self._names, self._touched, self._moved, self._lost = {}, {}, {}, set(), False
         self._adopting = True
         self._watch.add("")
         waiting = [""]
         while waiting:
+            go_on()
             directory = waiting.pop()
             for name, status in self._list(directory):
                 path = join(directory, name)
@@ -114,6 +117,8 @@ class Index:
                     self._touched[path] = True
                     continue
                 self._note(path, status, Sent.of(status))
+                if not stat.S_ISREG(status.st_mode) and abs(time.time() - status.st_mtime) < _RECENT:
+                    self._touched[path] = False
                 if stat.S_ISDIR(status.st_mode):
                     with contextlib.suppress(*_GONE):
                         self._watch.add(path)

@@ -50,6 +50,7 @@ class Leaving:
         self._pace = _PACE
         self._begun = 0.0
         self._first = 0.0
+        self._told = 0.0
         self._sent = 0
         self._paced = 0
 
@@ -97,7 +98,7 @@ class Leaving:
             self._send(letter)
 
         for _ in range(_TRIES):
-            without = index.adopt()
+            without = index.adopt(self._go_on)
             rsync.send(index.number, index.root, send, self._word, without, self._bandwidth)
             if index.doubt():
                 return
@@ -140,7 +141,7 @@ class Leaving:
         self._begun, self._paced = time.monotonic(), 0
         for index in self._indexes:
             for _ in walk(index, outbox):
-                self._check()
+                self._go_on()
         number, self._number = self._number, self._number + 1
         outbox.put(op="end", number=number)
         outbox.flush()
@@ -157,6 +158,13 @@ class Leaving:
     def _check(self) -> None:
         if self._stopped:
             raise EngineError("the haul of files was stopped")
+
+    def _go_on(self) -> None:
+        """In the middle of what may take long."""
+        self._check()
+        if time.monotonic() > self._told + _LOOK:
+            self._told = time.monotonic()
+            self._alive()
 
     def _send(self, letter: bytes) -> None:
         self._check()

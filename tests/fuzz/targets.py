@@ -33,6 +33,8 @@ from phaul_engine.page_wire import Command, PageStreamError, Wire, whose
 from phaul import desk, events, session
 from phaul.config import ConfigError, Settings, _read
 from phaul.errors import JournalError, PhaulError
+from phaul.haul import wire
+from phaul.haul.arriving import Arriving
 from phaul.journal import Row, Store, Task
 from phaul.migration import Message, Role
 from phaul.preflight import Answers, HostFacts, ProgramFacts
@@ -43,6 +45,7 @@ from phaul.transport.pb.control_pb2 import Open
 from tests.unit.images.checkpoints import complete
 
 _MIGRATION = "0123456789ab"
+_META = {"uid": 0, "gid": 0, "mode": 420, "mtime": 1, "attributes": {"user.a": "YQ=="}}
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,26 @@ def _letters(data: bytes) -> None:
                 _tree(letter.body)
             case direct.Kind.FINAL:
                 _changes(letter.body)
+            case direct.Kind.HAUL if letter.body[:1] == bytes([wire.Tag.RECORDS]):
+                _files(letter.body)
+
+
+def _files(body: bytes) -> None:
+    """Records of files, in a directory with something in it; nothing outside may change."""
+    with tempfile.TemporaryDirectory() as directory:
+        outside = Path(directory, "outside")
+        outside.write_text("outside")
+        arriving = Arriving([f"{directory}/place"], "m", lambda _: None)
+        try:
+            arriving.make()
+            Path(directory, "place.phaul-m", "f").write_text("content")
+            Path(directory, "place.phaul-m", "link").symlink_to("..")
+            with contextlib.suppress(EngineError):
+                arriving.take(body)
+        finally:
+            arriving.close()
+        assert sorted(os.listdir(directory)) == ["outside", "place", "place.phaul-m"]
+        assert outside.read_text() == "outside"
 
 
 def _letter_seeds() -> Iterable[bytes]:
@@ -162,6 +185,15 @@ def _letter_seeds() -> Iterable[bytes]:
     yield bytes([direct.Kind.FRAMES]) + replay.pack([bytes(80)])
     yield bytes([direct.Kind.FINGERPRINTS]) + fingerprint.pack([fingerprint.Print(1, 4096, 2, bytes(16))])
     yield bytes([direct.Kind.SURVEY]) + complete().to_bytes()
+    records = (
+        wire.Record({"op": "put", "tree": 0, "path": "d", "make": "new", "kind": 0o40000}),
+        wire.Record({"op": "put", "tree": 0, "path": "d/f", "make": "hard", "other": "f"}),
+        wire.Record({"op": "put", "tree": 0, "path": "f", "size": 4, "runs": [[0, 4]], "meta": _META}, b"1234"),
+        wire.Record({"op": "data", "tree": 0, "path": "link/outside", "offset": 0}, b"1234"),
+        wire.Record({"op": "hole", "tree": 0, "path": "f", "offset": 0, "length": 4096}),
+        wire.Record({"op": "gone", "tree": 0, "path": "d"}),
+    )
+    yield bytes([direct.Kind.HAUL]) + wire.letter(wire.Tag.RECORDS, b"".join(map(wire.pack, records)))
 
 
 class _Nowhere:
