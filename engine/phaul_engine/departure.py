@@ -27,6 +27,7 @@ from .memory.shared import SharedMemory
 from .memory.source import PageSource
 from .memory.tracker import Backend, Tracker, available
 from .objects import memfd, network_files
+from .objects.address_space import areas_of, made_anew
 from .objects.base import Collection
 from .proc.access import open_at, open_process, read_bytes
 from .proc.maps import Area, read_maps
@@ -59,7 +60,7 @@ class MemoryObject(NamedTuple):
 @dataclass
 class _Space:
     """The tracked address space of one process. `memory` is the collector's number of it. `sent`: a round has had it;
-    `lost`: what was sent of it is not at the destination any more."""
+    `lost`: what was sent of it is not at the destination any more; `anew`: likewise of these stretches."""
 
     pid: int
     number: int
@@ -71,6 +72,7 @@ class _Space:
     areas: list[Area] = field(default_factory=list)
     sent: bool = False
     lost: bool = False
+    anew: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -111,7 +113,7 @@ class Departure:
         self._shared: dict[int, _Shared] = {}
         self._shape: object = None
         self._moved: bool | None = None  # what `changed` found in this freeze, in which nothing moves any more
-        self._sent_tree: plan.Node | None = None  # as the destination has it
+        self._told = Checkpoint()  # the images that the destination has
         self._tree: Tree | None = None
         self._track = Backend.WP_ASYNC in available()
         self.look_seconds = 0.0  # that the last survey took from the stop on: about what a freeze takes
@@ -167,7 +169,7 @@ class Departure:
             self._follow_devices(collection)
             self._shape = shape
             if not collection.blockers:
-                self._sent_tree = plan.read_tree(collection.checkpoint)
+                self._tell(collection)
         if standing:
             released(time.monotonic() - begun)
         return collection
@@ -192,9 +194,9 @@ class Departure:
             self.flush_files()
         for space in self._spaces.values():
             with contextlib.suppress(GoneError), self._standing(space, needed=number > 0):
-                for extents in space.tracker.scan(clear=True, first=not space.sent, again=space.lost):
+                for extents in self._scan(space, clear=True):
                     self.page_source.send(space.number, extents)
-                space.sent, space.lost = True, False
+                space.sent, space.lost, space.anew = True, False, []
         for shmid, shared in self._shared.items():
             compare = shared.memory.lost or (shared.sent and shared.touched())
             shared.memory.lost = False
@@ -259,6 +261,7 @@ class Departure:
         if self.changed():
             self._follow_tree(collection)
             self._follow_areas(collection)
+            self._tell(collection)
         return collection.checkpoint
 
     def send_last(self, number: int) -> None:
@@ -266,7 +269,7 @@ class Departure:
         for space in self._spaces.values():
             whole = not space.sent or space.lost or space.tracker.needs_stop
             changed = Extents()  # guard pages among what changed: the others are where they were
-            for extents in space.tracker.scan(clear=False, first=not space.sent, again=space.lost):
+            for extents in self._scan(space, clear=False):
                 if not whole:
                     space.tracker.find_guards(extents, changed)
                 self.page_source.send(space.number, extents)
@@ -337,12 +340,28 @@ class Departure:
         for shmid, shared in self._shared.items():
             source.add(objects.shared(shmid), Place(0, shared.fd), hashed=True)
 
+    def _tell(self, collection: Collection) -> None:
+        """These images go to the destination. What it makes anew then is sent as a whole, whatever was sent before."""
+        told, self._told = self._told, collection.checkpoint
+        for space in self._spaces.values():
+            inner_pid = collection.inner_pids[space.pid]
+            if space.sent and told.has("mm", inner_pid):
+                old, new = (areas_of(images.one("mm", inner_pid)) for images in (told, self._told))
+                space.anew = sorted({*space.anew, *made_anew(old, new)})
+
+    def _scan(self, space: _Space, *, clear: bool) -> Iterator[Extents]:
+        """What is to be sent of an address space."""
+        for start, end in space.anew:
+            self.page_source.forget(space.number, start, end)
+        return space.tracker.scan(clear=clear, first=not space.sent, again=space.lost, anew=space.anew)
+
     def _follow_tree(self, collection: Collection) -> None:
         """Track the processes that are there now. What the destination makes anew is sent as a whole."""
         unfilled: frozenset[int] = frozenset()
-        if self._sent_tree is not None and not collection.blockers:
-            root, foreign = plan.read_tree(collection.checkpoint), bool(collection.options.get("shell_job"))
-            unfilled = plan.changes(self._sent_tree, root, foreign_session=foreign).unfilled
+        if self._told.files() and not collection.blockers:
+            old, new = plan.read_tree(self._told), plan.read_tree(collection.checkpoint)
+            foreign = bool(collection.options.get("shell_job"))
+            unfilled = plan.changes(old, new, foreign_session=foreign).unfilled
         memories = self._collector.memories()
         for pid, space in list(self._spaces.items()):
             if memories.get(pid) != space.memory:
@@ -380,14 +399,12 @@ class Departure:
         return fd
 
     def _follow_areas(self, collection: Collection) -> None:
-        """Track what is mapped now; the page source forgets what is not any more."""
+        """Track what is mapped now."""
         mappings: dict[int, list[tuple[Tracker, Mapping]]] = {}
         files = memfd.sources(collection)
         for space in self._spaces.values():
             space.areas = described(read_maps(space.proc), self._collector.areas(space.pid))
-            for start, end in space.tracker.track(space.areas):
-                if self.source is not None:
-                    self.source.forget(space.number, start, end)
+            space.tracker.track(space.areas)
             for area in space.areas:
                 file = files.get((area.dev, area.ino)) if area.shared else None
                 if file is not None or care_of(area) is Care.SHARED_MEMORY:

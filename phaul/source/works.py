@@ -355,14 +355,15 @@ class SourceWorks:
 
     def _look_again(self, number: int) -> None:
         """Before a round: a survey if the tree has changed. Before round 1 in any case: it refreshes what the freeze
-        takes from the last survey, and the second of its kind tells what the freeze will take."""
-        changed = number > 0 and self._departure.changed()
-        if not changed and number != 1:
+        takes from the last survey, and the second of its kind tells what the freeze will take.
+
+        The destination has the images of every survey before the round: a survey may find what was not there a moment
+        ago, when nothing had changed yet."""
+        if number == 0 or not (number == 1 or self._departure.changed()):
             return
         self._survey = self._checked_look()
-        if changed:
-            self.haul.round()
-            self._announce(Kind.CHANGES, self._survey.checkpoint)
+        self.haul.round()
+        self._announce(Kind.CHANGES, self._survey.checkpoint)
 
     def _checked_look(self) -> Collection:
         """A survey of a tree that can be moved, still."""

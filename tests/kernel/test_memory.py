@@ -173,8 +173,7 @@ class Carrier:
         """One round; the pages it carried."""
         areas = self.program.areas()
         before = self.source.statistics()
-        for low, high in self.tracker.track(areas):
-            self.source.forget(1, low, high)
+        self.tracker.track(areas)
         shared = [area for area in areas if care_of(area) is Care.SHARED_MEMORY]
         self.shared.follow((self.tracker, Mapping(one.start, one.size, one.offset)) for one in shared)
         with self._standing(needed=number > 0):

@@ -115,26 +115,15 @@ def private_ranges(areas: Iterable[Area]) -> list[Range]:
     return ranges
 
 
-def remade(old: Sequence[Range], new: Sequence[Range]) -> list[tuple[int, int]]:
-    """The stretches of `old` that `new` has no longer, or of another origin: there the destination begins anew."""
-    gone: list[tuple[int, int]] = []
+def within(ranges: Sequence[Range], stretches: Iterable[tuple[int, int]]) -> list[Range]:
+    """The parts of `ranges` that lie in stretches of addresses; both ascending."""
+    found: list[Range] = []
     index = 0
-    for old_range in old:
-        at = old_range.start
-        while index < len(new) and new[index].end <= at:
+    for start, end in stretches:
+        while index < len(ranges) and ranges[index].end <= start:
             index += 1
-        look = index
-        while at < old_range.end:
-            here = new[look] if look < len(new) and new[look].start < old_range.end else None
-            stop = here.start if here and here.start > at else at if here else old_range.end
-            if stop > at:
-                gone.append((at, stop))
-                at = stop
-                continue
-            assert here
-            stop = min(here.end, old_range.end)
-            if here.origin != old_range.origin:
-                gone.append((at, stop))
-            at = stop
-            look += 1
-    return gone
+        for one in itertools.islice(ranges, index, None):
+            if one.start >= end:
+                break
+            found.append(one._replace(start=max(one.start, start), end=min(one.end, end)))
+    return found

@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 from phaul_engine.native import check, failure, ffi, lib, new_error
@@ -21,8 +21,8 @@ from phaul_engine.proc.access import open_at
 from phaul_engine.proc.maps import Area, read_maps, read_smaps
 
 from . import guards
-from .areas import Mapping, Range, private_ranges, remade
-from .extents import Extents, Kind
+from .areas import Mapping, Range, private_ranges, within
+from .extents import PAGE_SIZE, Extents, Kind
 
 _BATCH = 262144  # extents in one list: 4 MiB
 _REPAIRS = 1000  # times one scan registers areas again before it gives up
@@ -55,7 +55,7 @@ class Tracker:
         self._uffd = -1 if uffd is None else uffd
         self._clear_refs = -1
         self._pagemap = -1
-        self._native: Any = ffi.new("struct ph_range[]", 0)
+        self._native = _native([])
         self._registered: set[tuple[int, int]] = set()
         self._droppable: set[tuple[int, ...]] = set()  # areas whose contents the kernel may forget, and so may we
         self._copies = Extents()  # private copies of pages of files, as of the last scan
@@ -78,12 +78,8 @@ class Tracker:
         """Whether the process must be stopped during every clearing scan but the first."""
         return self.backend is Backend.SOFT_DIRTY
 
-    def track(self, areas: Sequence[Area]) -> list[tuple[int, int]]:
-        """Follow exactly the private memory in `areas` (ascending), area by area.
-
-        Returns the stretches tracked before that are no more, or became something else: the destination unmaps
-        them, so the page source must forget them.
-        """
+    def track(self, areas: Sequence[Area]) -> None:
+        """Follow exactly the private memory in `areas` (ascending), area by area."""
         new = private_ranges(area for area in areas if area[:2] not in self._droppable)
         if self.backend is Backend.WP_ASYNC:
             wanted = {(one.start, one.end) for one in new}
@@ -92,9 +88,7 @@ class Tracker:
                     self._droppable = {area[:2] for area in read_smaps(self._proc) if "dp" in area.flags}
                     return self.track(areas)
             self._registered = wanted
-        gone = remade(self.ranges, new)
         self._set_ranges(new)
-        return gone
 
     def track_mapping(self, mapping: Mapping) -> bool:
         """Follow a mapping of shared memory too. False if that is impossible: it maps a read-only descriptor, so
@@ -113,32 +107,53 @@ class Tracker:
         """The mapping is no more."""
         self._written.pop(mapping, None)
 
-    def scan(self, *, clear: bool, first: bool = False, again: bool = False, limit: int = _BATCH) -> Iterator[Extents]:
+    def scan(
+        self,
+        *,
+        clear: bool,
+        first: bool = False,
+        again: bool = False,
+        anew: Iterable[tuple[int, int]] = (),
+        limit: int = _BATCH,
+    ) -> Iterator[Extents]:
         """What changed in the tracked private memory since the last clearing scan, in lists of about `limit` extents.
 
         `first`: everything that is there (always so for an area tracked since the last scan, with WP_ASYNC). `again`:
-        likewise, for areas tracked before: the next scan reports once more what changed before this one. With
-        `clear` the next scan reports what changes from now on; the last scan, in the freeze, need not clear. The
-        iterator must be run to its end.
+        likewise, for areas tracked before: the next scan reports once more what changed before this one. Of the
+        stretches in `anew` everything that is there is reported too, and nothing else. With `clear` the next scan
+        reports what changes from now on; the last scan, in the freeze, need not clear. The iterator must be run to its
+        end.
         """
         soft = self.backend is Backend.SOFT_DIRTY
-        flags = (lib.PH_SCAN_ALL if again or (soft and first) else 0) | (lib.PH_SCAN_CLEAR if clear else 0)
+        everything = again or (soft and first)
+        flags = (lib.PH_SCAN_ALL if everything else 0) | (lib.PH_SCAN_CLEAR if clear else 0)
         if soft and first:
             self._clear_bits()
-        scan = ffi.new(
-            "struct ph_scan *", {"pagemap": self._pagemap, "backend": self.backend, "flags": flags, "limit": limit}
-        )
-        err = new_error()
-        repairs = 0
-        copies = Extents()
-        more = 1
-        if not soft:
-            extents = Extents()
-            check(lib.ph_scan_reverted(self._pagemap, self._copies.handle, copies.handle, extents.handle, err), err)
+        whole = Extents()
+        for start, end in () if everything else anew:
+            whole.add(start, (end - start) // PAGE_SIZE)
+        whole.unite()
+        for extents in self._scan(flags, limit):
+            if len(whole):
+                extents.unite()
+                extents.exclude(whole)
             if len(extents):
                 yield extents
+        if len(whole):
+            yield from self._present(whole, limit)
+        if soft and clear and not first:
+            self._clear_bits()
+
+    def _scan(self, flags: int, limit: int) -> Iterator[Extents]:
+        """One pass over all ranges; what is not registered any more is meanwhile."""
+        copies = Extents()
+        if self.backend is Backend.WP_ASYNC:
+            reverted, err = Extents(), new_error()
+            check(lib.ph_scan_reverted(self._pagemap, self._copies.handle, copies.handle, reverted.handle, err), err)
+            yield reverted
+        scan, repairs, more = self._new_scan(flags, limit), 0, 1
         while more:
-            extents = Extents()
+            extents, err = Extents(), new_error()
             more = lib.ph_scan_private(scan, self._native, len(self._native), extents.handle, err)
             if more < 0:
                 repairs += 1
@@ -146,12 +161,23 @@ class Tracker:
                     raise failure(err)
                 self._repair(scan.index)
             copies.append(extents, Kind.PRIVATE)
-            if len(extents):
-                yield extents
+            yield extents
         copies.unite()
         self._copies = copies
-        if soft and clear and not first:
-            self._clear_bits()
+
+    def _present(self, stretches: Extents, limit: int) -> Iterator[Extents]:
+        """All that is there in `stretches`."""
+        native = _native(within(self.ranges, ((start, start + pages * PAGE_SIZE) for start, pages, _ in stretches)))
+        scan, more = self._new_scan(lib.PH_SCAN_ALL, limit), 1
+        while more:
+            extents, err = Extents(), new_error()
+            more = check(lib.ph_scan_private(scan, native, len(native), extents.handle, err), err)
+            if len(extents):
+                yield extents
+
+    def _new_scan(self, flags: int, limit: int) -> Any:
+        how = {"pagemap": self._pagemap, "backend": self.backend, "flags": flags, "limit": limit}
+        return ffi.new("struct ph_scan *", how)
 
     def find_guards(self, where: Extents, found: Extents) -> None:
         """Append the guard pages within `where` to `found`."""
@@ -186,7 +212,7 @@ class Tracker:
 
     def _set_ranges(self, ranges: list[Range]) -> None:
         self.ranges = ranges
-        self._native = ffi.new("struct ph_range[]", [(one.start, one.end, one.flags, 0) for one in ranges])
+        self._native = _native(ranges)
 
     def _scan_mapping(self, mapping: Mapping, data: Extents, into: Extents, flags: int) -> None:
         scan = ffi.new("struct ph_scan *", {"pagemap": self._pagemap, "backend": self.backend, "flags": flags})
@@ -231,3 +257,8 @@ class Tracker:
                 pieces.append(broken._replace(start=low, end=high))
         self._registered.discard((broken.start, broken.end))
         self._set_ranges([*self.ranges[:index], *pieces, *self.ranges[index + 1 :]])
+
+
+def _native(ranges: Sequence[Range]) -> Any:
+    """As `struct ph_range[]`."""
+    return ffi.new("struct ph_range[]", [(one.start, one.end, one.flags, 0) for one in ranges])

@@ -248,6 +248,17 @@ def changes(old: Sequence[vma_pb2.vma_entry], new: Sequence[vma_pb2.vma_entry]) 
     return [change for change in _stretches(old, new) if change.old != change.new]
 
 
+def made_anew(old: Sequence[vma_pb2.vma_entry], new: Sequence[vma_pb2.vma_entry]) -> list[tuple[int, int]]:
+    """The stretches of `new` that hold nothing yet when the areas `old` have been made `new` (ascending)."""
+    if old == new:
+        return []
+    return [
+        (start, end)
+        for start, end, before, after in changes(old, new)
+        if after is not None and (before is None or not after.same_memory(before))
+    ]
+
+
 def _stretches(old: Sequence[vma_pb2.vma_entry], new: Sequence[vma_pb2.vma_entry]) -> Iterator[Change]:
     bounds = sorted({bound for vma in (*old, *new) for bound in (vma.start, vma.end)})
     before, after = iter([*old, None]), iter([*new, None])
