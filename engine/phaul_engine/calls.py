@@ -98,11 +98,15 @@ def compare_descriptions(left: int, right: int) -> int:
 def is_epoll_target(fd: int, epoll: int, tfd: int, index: int) -> bool:
     """Whether our `fd` is what `epoll` (ours) watches under number `tfd`, the `index`-th of that number.
 
-    kcmp(2), KCMP_EPOLL_TFD. Several registrations may bear one number when it was closed and used again.
+    kcmp(2), KCMP_EPOLL_TFD. Several registrations may bear one number when it was closed and used again. One that is
+    not there any more is of nothing.
     """
     me = os.getpid()
     slot = ctypes.create_string_buffer(struct.pack("<3I", epoll, tfd, index), 12)
-    return system_call(NR.kcmp, me, me, _KCMP_EPOLL_TFD, fd, slot) == 0
+    try:
+        return system_call(NR.kcmp, me, me, _KCMP_EPOLL_TFD, fd, slot) == 0
+    except FileNotFoundError:
+        return False
 
 
 def epoll_add(epoll: int, fd: int, events: int, data: int) -> None:

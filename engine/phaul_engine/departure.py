@@ -7,6 +7,7 @@ end `let_go`. Between `freeze` and `let_go` the tree stands still; before and af
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import time
@@ -29,7 +30,7 @@ from .memory.tracker import Backend, Tracker, available
 from .objects import memfd, network_files
 from .objects.address_space import areas_of, made_anew
 from .objects.base import Collection
-from .proc.access import open_at, open_process, read_bytes
+from .proc.access import looking, open_at, open_process, read_bytes
 from .proc.maps import Area, read_maps
 from .proc.stat import Stat, read_stat
 from .proc.tree import read_tree
@@ -140,9 +141,10 @@ class Departure:
             try:
                 moving = look < _MOVING_LOOKS
                 return self._survey(max(1, timeout_ms // _LOOKS), stopping, released, standing=not moving)
-            except (TargetError, GoneError):
-                # A task ended, or waits for a child that we have stopped between vfork(2) and execve(2); that one
-                # stops, and so leaves our tracer, when the child runs.
+            except (TargetError, OSError):
+                # A task ended, or something else went away that was looked at while the tree ran; or a task waits for
+                # a child that we have stopped between vfork(2) and execve(2); that one stops, and so leaves our tracer,
+                # when the child runs.
                 time.sleep(_PAUSE)
         return self._survey(timeout_ms, stopping, released, standing=True)
 
@@ -151,7 +153,7 @@ class Departure:
     ) -> Collection:
         self._collector.prepare(self.root)
         stopping()
-        with stop_tree(self._tracer, self.root, timeout_ms=timeout_ms) as tree:
+        with looking(), stop_tree(self._tracer, self.root, timeout_ms=timeout_ms) as tree:
             begun = time.monotonic()
 
             def hold() -> None:
@@ -205,7 +207,9 @@ class Departure:
                 extents = (
                     shared.memory.everything() if compare else shared.memory.scan(clear=True, first=not shared.sent)
                 )
-            except GoneError:  # a process that mapped it is gone, and what it wrote last not known
+            except TargetError as error:  # a process that mapped it, or the mapping, is gone, and what was written last
+                if not isinstance(error, GoneError) and error.errno != errno.EPERM:
+                    raise
                 extents, compare = shared.memory.everything(), True
             self.page_source.send(objects.shared(shmid), extents, compare=compare)
             shared.sent = True
@@ -251,9 +255,10 @@ class Departure:
         Raises BlockedError if something came that cannot be carried, BusyError if it can at another try.
         """
         surrender = Surrender(self.root, note)
-        collection = self._collector.collect(
-            self._frozen, survey=False, track=self._track, hold=hold, seal=seal, surrender=surrender
-        )
+        with looking():
+            collection = self._collector.collect(
+                self._frozen, survey=False, track=self._track, hold=hold, seal=seal, surrender=surrender
+            )
         if collection.blockers:
             raise refusal(collection.blockers)
         if _writes_by_device(collection) and not self._devices_write:

@@ -7,8 +7,10 @@ is a `GoneError`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 
 from phaul_engine.errors import EngineError, GoneError
 
@@ -80,6 +82,18 @@ def list_names(proc: int, name: str) -> list[str]:
         raise _explain(error, name) from error
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def looking() -> Iterator[None]:
+    """What is looked at meanwhile may end or be closed: the kernel's words for that, whatever was asked (kcmp(2),
+    netlink, links in /proc), become a `GoneError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (*_GONE, errno.EBADF):
+            raise GoneError(f"what was looked at is gone: {error}") from error
+        raise
 
 
 def _explain(error: OSError, name: str) -> EngineError:
