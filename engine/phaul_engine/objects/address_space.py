@@ -334,18 +334,19 @@ def protect(program: Program, wanted: Sequence[Change]) -> None:
 
 def set_last(program: Program, vmas: Sequence[vma_pb2.vma_entry]) -> None:
     """Install guard pages, which drops what is beneath them, and lock what was locked in memory (mlock(2)): last, when
-    everything is there. An area with guard pages can be locked, and the call fails nevertheless. Seals (mseal(2))
-    come after that: nothing about such an area changes any more."""
-    guards = [vma for vma in vmas if vma.status & _GUARD]
-    for vma in guards:
-        args = (vma.start, vma.end - vma.start, MADV_GUARD_INSTALL)
-        program.order(NR.madvise, *args, label=f"install guard pages at {vma.start:x}")
+    everything is there. An area with pages that cannot be there (guards, PROT_NONE, beyond the end of a file) can be
+    locked, and the call that fetches its pages fails nevertheless. Seals (mseal(2)) come after that: nothing about such
+    an area changes any more."""
+    for vma in vmas:
+        if vma.status & _GUARD:
+            args = (vma.start, vma.end - vma.start, MADV_GUARD_INSTALL)
+            program.order(NR.madvise, *args, label=f"install guard pages at {vma.start:x}")
     for vma in vmas:
         if vma.flags & MAP_LOCKED:
-            holed = any(vma.start <= guard.start < vma.end for guard in guards)
-            label = f"lock {vma.start:x}-{vma.end:x}"
-            how = MLOCK_ONFAULT if vma.phaul_on_fault else 0
-            program.order(NR.mlock2, vma.start, vma.end - vma.start, how, keep_errors=holed, label=label)
+            size, label = vma.end - vma.start, f"lock {vma.start:x}-{vma.end:x}"
+            program.order(NR.mlock2, vma.start, size, MLOCK_ONFAULT, label=label)
+            if not vma.phaul_on_fault:
+                program.order(NR.mlock2, vma.start, size, 0, keep_errors=True, label=label)
     for vma in vmas:
         if vma.phaul_sealed:
             program.order(NR.mseal, vma.start, vma.end - vma.start, 0, label=f"seal {vma.start:x}-{vma.end:x}")

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from hypothesis import given
 from hypothesis import strategies as st
-from phaul_engine.memory.areas import Range, remade
+from phaul_engine.memory.areas import Range, within
 from phaul_engine.memory.extents import PAGE_SIZE, Extent, Extents, Kind
 
 _EXTENT = st.builds(
@@ -63,11 +63,11 @@ def _ranges(drawn: _Drawn) -> list[Range]:
 
 
 @given(_RANGES, _RANGES)
-def test_remade_is_what_the_new_ranges_do_not_continue(old: _Drawn, new: _Drawn) -> None:
-    def origins(ranges: list[Range]) -> dict[int, tuple[int, int, int]]:
+def test_parts_of_ranges_within_stretches(ranges: _Drawn, stretches: _Drawn) -> None:
+    def pages(ranges: list[Range]) -> dict[int, tuple[int, int, int]]:
         return {page: one.origin for one in ranges for page in range(one.start, one.end, PAGE_SIZE)}
 
-    before, after = origins(_ranges(old)), origins(_ranges(new))
-    stretches = remade(_ranges(old), _ranges(new))
-    pages = [page for start, end in stretches for page in range(start, end, PAGE_SIZE)]
-    assert pages == sorted(page for page, origin in before.items() if after.get(page) != origin)
+    known, wanted = pages(_ranges(ranges)), pages(_ranges(stretches))
+    parts = within(_ranges(ranges), [(one.start, one.end) for one in _ranges(stretches)])
+    assert parts == sorted(parts)
+    assert pages(parts) == {page: origin for page, origin in known.items() if page in wanted}

@@ -1,0 +1,98 @@
+"""Trees of which something always ends: surveys find them whole, or look again, and never trip over what is gone."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from phaul_engine import calls
+from phaul_engine.departure import Departure
+from phaul_engine.errors import GoneError
+from phaul_engine.proc.access import looking
+from phaul_engine.target import Tracer
+
+from tests.subjects.programs import wait_until
+
+_SURVEYS = 8
+
+# Threads that start children, threads, and watched descriptors, all of which end at once.
+_PROGRAM = """
+import os, select, socket, sys, threading, time
+def children():
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(0.002)
+        os._exit(0)
+    os.waitpid(pid, 0)
+def threads():
+    some = [threading.Thread(target=time.sleep, args=(0.001,)) for _ in range(3)]
+    for one in some: one.start()
+    for one in some: one.join()
+epoll = select.epoll()
+def descriptors():
+    pairs = [socket.socketpair() for _ in range(10)]
+    for left, right in pairs:
+        epoll.register(left, select.EPOLLIN)
+        right.send(b"word")
+    for left, right in pairs:
+        left.close()
+        right.close()
+def files():
+    some = [os.open(sys.argv[0], os.O_RDONLY), *os.pipe(), os.eventfd(0)]
+    for fd in some: os.close(fd)
+def forever(act):
+    while True: act()
+for act in children, threads, descriptors, files:
+    threading.Thread(target=forever, args=(act,)).start()
+open(sys.argv[1], "w").close()
+"""
+
+
+@pytest.fixture
+def restless(tmp_path: Path) -> Iterator[int]:
+    program, begun = tmp_path / "program.py", tmp_path / "begun"
+    program.write_text(_PROGRAM)
+    quiet = subprocess.DEVNULL
+    command = [sys.executable, str(program), str(begun)]
+    with subprocess.Popen(command, stdin=quiet, stdout=quiet, start_new_session=True) as process:
+        wait_until(begun.exists, "the program begins")
+        yield process.pid
+        process.kill()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_surveys_of_a_tree_that_never_rests(restless: int) -> None:
+    with Tracer() as tracer, Departure(tracer, restless) as departure:
+        for _ in range(_SURVEYS):
+            survey = departure.survey(timeout_ms=8000)
+            assert [str(one) for one in survey.blockers if not one.passing] == []
+
+
+def test_a_registration_that_is_gone_is_of_nothing() -> None:
+    left, right = socket.socketpair()
+    with left, right, select.epoll() as epoll:
+        epoll.register(left, select.EPOLLIN)
+        assert calls.is_epoll_target(left.fileno(), epoll.fileno(), left.fileno(), 0)
+        assert not calls.is_epoll_target(right.fileno(), epoll.fileno(), left.fileno(), 0)
+        epoll.unregister(left)
+        assert not calls.is_epoll_target(left.fileno(), epoll.fileno(), left.fileno(), 0)
+
+
+def test_whatever_is_asked_of_a_process_that_has_ended_says_so() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    for look in (
+        lambda: calls.kcmp(os.getpid(), process.pid, calls.KCMP_FILES),
+        lambda: os.pidfd_open(process.pid),
+        lambda: os.readlink(f"/proc/{process.pid}/exe"),
+    ):
+        with pytest.raises(GoneError), looking():
+            look()
+    with pytest.raises(IsADirectoryError), looking():
+        os.open("/proc", os.O_RDWR)
