@@ -50,5 +50,5 @@ def root(text: str) -> str | None:
     """The directory of a root file system; None if it is something else, which LXC mounts."""
     kind, colon, rest = text.partition(":")
     if text.startswith("/"):
-        return text
+        return None if text.startswith("/dev/") else text
     return rest if colon and kind == "dir" else None

@@ -138,6 +138,7 @@ def _banner(host: Host, port: int, words: bytes = b"") -> bytes:
     return host.run(["python3", "-c", code, ADDRESS, str(port), words.decode()]).stdout.encode()
 
 
+@pytest.mark.timeout(400)
 def test_a_debian_with_systemd_moves(hosts: Hosts, system: Container) -> None:
     units = ("cron", "ssh", "nginx")
     before = system.inside(hosts.a, "cat", "/proc/1/cgroup", "/etc/machine-id")

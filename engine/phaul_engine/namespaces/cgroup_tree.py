@@ -57,6 +57,9 @@ def read(checkpoint: Checkpoint) -> Layout | None:
 
 def _flat(entry: cgroup_pb2.cgroup_dir_entry, path: str) -> Iterator[tuple[str, cgroup_pb2.cgroup_dir_entry]]:
     yield path, entry
+    for one in entry.properties:
+        if not _is_setting(os.fsdecode(one.name)) or b"/" in one.name:
+            raise RebuildError(f"{os.fsdecode(one.name)!r} is nothing that is set in a cgroup")
     for child in entry.children:
         name = os.fsdecode(child.dir_name)
         if not name or "/" in name or name in (".", ".."):
