@@ -261,7 +261,8 @@ class Desk:
         questions = replace(found.questions, workload=kind, facts=workload.facts, haul=haul)
         questions = self._kept.enter_context(facts.tokens(questions))
         questions = replace(questions, trees=self._kept.enter_context(trees.with_tokens(asked)))
-        findings = (*workload.findings, *found.findings)
+        known = ("parent", "unit") if workloads.of(kind).supervised else ()
+        findings = (*workload.findings, *(one for one in found.findings if one.check not in known))
         return asdict(replace(found, questions=questions, findings=findings, pid=workload.pid))
 
     def _describe(self, content: dict[str, Any]) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from .images.pb import vma_pb2
 from .namespaces import pid as pid_namespace
 from .namespaces.newborn import Namespaces
 from .native import check, ffi, lib, new_error
-from .objects import address_space, tty
+from .objects import address_space, seccomp, tty
 from .objects.base import Restoration, SkeletonTask
 from .program import Program, Results
 from .syscalls import NR
-from .target import Tracer
+from .target import Tracer, seccomp_filters
 from .transfer import Passage, Table
 
 _THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM FS FILES SIGHAND THREAD SYSVSEM (clone(2))
@@ -40,7 +40,7 @@ _LOWEST, _HIGHEST = 0x100000000000, 0x7E0000000000
 _PAGE = 4096
 _SOCKET_AT_BIRTH = 5
 _ALL_SIGNALS = b"\xff" * 8
-_NEWUSER = 0x10000000
+_NEWUSER, _NEWTIME = 0x10000000, 0x80
 _EXEC_PATIENCE = 5.0  # seconds
 
 
@@ -282,6 +282,7 @@ class Births:
         err = new_error()
         if self._caught:
             self._take_in(self._caught)
+            self._restoration.scratch[seccomp.BASE] = seccomp_filters(self._tracer, self._caught)
             pid = check(lib.ph_adopt(self._tracer.handle, self._caught, birth, err), err)
         else:
             pid = check(lib.ph_spawn(self._tracer.handle, birth, err), err)
@@ -294,7 +295,24 @@ class Births:
         address_space.unmap_all_but(program, [self.bounds])
         task.table.move_service(program, max(self._highest_descriptor() + 1, 64))
         self.run(task, program)
+        if self._caught and self._clocks is not None:
+            self._enter_time(task)
         return task
+
+    def _enter_time(self, task: Task) -> None:
+        """Before Linux 6.3 a process that has made a time namespace is not in it when it executes another program."""
+        own, made = (f"/proc/{task.pid}/ns/{name}" for name in ("time", "time_for_children"))
+        if os.path.samefile(own, made):
+            return
+        fd = os.open(made, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            (theirs,) = task.table.receive(lambda program: self.run(task, program), [fd])
+        finally:
+            os.close(fd)
+        program = Program()
+        program.order(NR.setns, theirs, _NEWTIME, label="enter a time namespace")
+        task.table.close(program, [theirs])
+        self.run(task, program)
 
     def _take_in(self, pid: int) -> None:
         """Put a process that was caught into the cgroup that all others are born into."""

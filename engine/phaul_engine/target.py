@@ -62,6 +62,20 @@ def reap(tracer: Tracer, tids: Sequence[int], timeout_ms: int = 5000) -> None:
     check(lib.ph_reap(tracer.handle, ffi.new("int32_t[]", list(tids)), len(tids), timeout_ms, err), err)
 
 
+def seccomp_filters(tracer: Tracer, tid: int) -> list[tuple[bytes, int]]:
+    """The filters of a traced thread that stands, oldest first: an array of `struct sock_filter`, and the flags of
+    each."""
+    room = ffi.new("char[]", 8 * 4096)
+    filters: list[tuple[bytes, int]] = []
+    while True:
+        err = new_error()
+        length = lib.ph_seccomp_filter(tracer.handle, tid, len(filters), room, 4096, err)
+        if check(length, err) == 0:
+            return filters
+        flags = check(lib.ph_seccomp_flags(tracer.handle, tid, len(filters), err), err)
+        filters.append((bytes(ffi.buffer(room, 8 * length)), flags))
+
+
 class Visit(NamedTuple):
     """A process whose threads are asked: what runs in each, by tid."""
 
@@ -223,15 +237,7 @@ class Tree:
 
     def seccomp_filters(self, thread: Thread) -> list[tuple[bytes, int]]:
         """The filters of a thread, oldest first: an array of `struct sock_filter`, and the flags of each."""
-        room = ffi.new("char[]", 8 * 4096)
-        filters: list[tuple[bytes, int]] = []
-        while True:
-            err = new_error()
-            length = lib.ph_seccomp_filter(self.tracer.handle, thread.tid, len(filters), room, 4096, err)
-            if check(length, err) == 0:
-                return filters
-            flags = check(lib.ph_seccomp_flags(self.tracer.handle, thread.tid, len(filters), err), err)
-            filters.append((bytes(ffi.buffer(room, 8 * length)), flags))
+        return seccomp_filters(self.tracer, thread.tid)
 
     def ask(self, visits: Sequence[Visit], timeout_ms: int = 5000) -> dict[int, Results]:
         """Run a program in each of these threads, whose states have been read, all at once; the answers, by tid.

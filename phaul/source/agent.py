@@ -141,7 +141,8 @@ class SourceAgent:
         if letter.kind is Kind.PLACE:
             there, host = letter.place(), self.request.wishes.destination
             text = f"process {self.pid} lives in a PID namespace on {host}, where it is process {there}"
-            self._front.emit(events.Notice("info", text, f"phaul migrate {there} HOST moves it on"))
+            named = self.request.workload != "pid"
+            self._front.emit(events.Notice("info", text, "" if named else f"phaul migrate {there} HOST moves it on"))
             return
         raise EngineError(f"the destination sent {letter.kind.name} where it makes no sense")
 

@@ -46,6 +46,7 @@ class Workload(ABC):
     """A kind of workload. What comes from the other host is checked like anything that does."""
 
     kind: ClassVar[str]
+    supervised: ClassVar[bool] = False  # whether who sees it end is the runtime, which knows what to do
 
     @abstractmethod
     def find(self, name: str) -> Found:

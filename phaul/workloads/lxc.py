@@ -48,6 +48,7 @@ class Lxc(Workload):
     """Named by the container's name."""
 
     kind: ClassVar = "lxc"
+    supervised: ClassVar = True
 
     def find(self, name: str) -> Found:
         _check_name(name)

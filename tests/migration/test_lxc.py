@@ -24,7 +24,10 @@ from tests.subjects.lxc import (
 )
 from tests.subjects.programs import start_echo_client, wait_until
 
-pytestmark = pytest.mark.skipif(not shutil.which("lxc-start"), reason="lxc is not installed")
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("lxc-start"), reason="lxc is not installed"),
+    pytest.mark.timeout(400),
+]
 
 _BUSYBOX = "/bin/busybox"
 
@@ -52,6 +55,8 @@ def test_it_moves_there_and_back_with_its_connections(hosts: Hosts, container: C
         client.goes_on("requests")
         assert container.inside(destination, _BUSYBOX, "hostname") == container.name
         assert MAC in container.inside(destination, _BUSYBOX, "ip", "link", "show", "eth0")
+        status = destination.path(f"/proc/{container.info(destination)['PID']}/status").read_text()
+        assert "Seccomp_filters:\t1\n" in status, "it has LXC's filter once"
         link = container.info(destination)["Link"]
         assert f"master {BRIDGE}" in destination.run(["ip", "link", "show", link]).stdout
         assert not list(source.path("/sys/fs/cgroup").glob("lxc.payload.*"))
@@ -138,7 +143,6 @@ def _banner(host: Host, port: int, words: bytes = b"") -> bytes:
     return host.run(["python3", "-c", code, ADDRESS, str(port), words.decode()]).stdout.encode()
 
 
-@pytest.mark.timeout(400)
 def test_a_debian_with_systemd_moves(hosts: Hosts, system: Container) -> None:
     units = ("cron", "ssh", "nginx")
     before = system.inside(hosts.a, "cat", "/proc/1/cgroup", "/etc/machine-id")

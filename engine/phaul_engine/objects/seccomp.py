@@ -27,6 +27,9 @@ _BPF_RETURN_CONSTANT = 0x06
 _RET_ACTION = 0xFFFF0000
 _RET_USER_NOTIF = 0x7FC00000
 
+BASE = "seccomp filters of the runtime"
+"""In `Restoration.scratch`: the filters, and their flags, that the first process was caught with (`catching`)."""
+
 
 @task_kind
 class Seccomp(TaskKind):
@@ -72,7 +75,8 @@ class Seccomp(TaskKind):
             return
         mode = core.thread_core.seccomp_mode
         if mode == core_pb2.filter:
-            for entry in chain(core.thread_core.seccomp_filter, restoration):
+            filters = chain(core.thread_core.seccomp_filter, restoration)
+            for entry in filters[_inherited(filters, restoration) :]:
                 program.make_room(len(entry.filter) + 256)
                 text = program.data(entry.filter)
                 head = program.data(struct.pack("<HxxxxxxQ", len(entry.filter) // _INSTRUCTION.size, 0))
@@ -81,6 +85,13 @@ class Seccomp(TaskKind):
                 program.order(NR.seccomp, _SECCOMP_SET_MODE_FILTER, flags, head)
         elif mode == core_pb2.strict:
             program.order(NR.seccomp, _SECCOMP_SET_MODE_STRICT, 0, 0)
+
+
+def _inherited(filters: list[seccomp_pb2.seccomp_filter], restoration: Restoration) -> int:
+    """How many of a thread's filters it has from the first process, which a runtime has given them. If these are others
+    than it had, all of its own come on top."""
+    base = [text for text, _ in restoration.scratch.get(BASE, ())]
+    return len(base) if [entry.filter for entry in filters[: len(base)]] == base else 0
 
 
 def chain(newest: int, restoration: Restoration) -> list[seccomp_pb2.seccomp_filter]:
