@@ -46,13 +46,13 @@ def container(hosts: Hosts, bridges: None) -> Iterator[Container]:
 
 def test_it_moves_there_and_back_with_its_connections(hosts: Hosts, container: Container) -> None:
     client = start_echo_client(hosts.client, ADDRESS)
-    client.goes_on("requests")
+    client.goes_on("requests", 20.0)
     for source, destination in ((hosts.a, hosts.b), (hosts.b, hosts.a)):
         migration = container.move(source, ["--tcp", "established"])
         assert migration.outcome == "migrated", str(migration)
         assert (container.state(source), container.state(destination)) == ("STOPPED", "RUNNING")
         container.goes_on("heap.status", "writes")
-        client.goes_on("requests")
+        client.goes_on("requests", 20.0)
         assert container.inside(destination, _BUSYBOX, "hostname") == container.name
         assert MAC in container.inside(destination, _BUSYBOX, "ip", "link", "show", "eth0")
         status = destination.path(f"/proc/{container.info(destination)['PID']}/status").read_text()
@@ -110,6 +110,21 @@ def test_a_migration_that_is_undone_leaves_none_there(hosts: Hosts, container: C
     assert (container.state(hosts.a), container.state(hosts.b)) == ("RUNNING", "STOPPED")
     assert not list(hosts.b.path("/sys/fs/cgroup").glob("lxc.[mp]*.web"))
     container.goes_on("heap.status", "writes")
+
+
+def test_its_root_is_sent_along(hosts: Hosts, bridges: None) -> None:
+    one = Container(hosts, BASIC + NETWORK + "lxc.console.path = none\nlxc.tty.max = 0\n", own=hosts.a)
+    make_small_root(one.root)
+    one.configure()
+    one.start(hosts.a)
+    wait_until(lambda: (one.root / "heap.status").exists(), "it runs", 20.0)
+    migration = one.move(hosts.a, ["--ship", "missing"])
+    assert migration.outcome == "migrated", str(migration)
+    one.own = hosts.b
+    one.goes_on("heap.status", "writes")
+    one.inside(hosts.b, _BUSYBOX, "touch", "/made")
+    assert (one.root / "made").exists()
+    one.remove()
 
 
 @pytest.fixture(params=["privileged", "unprivileged"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests import debian
@@ -39,24 +39,27 @@ while :; do wait; /bin/busybox sleep 1; done
 
 @dataclass
 class Container:
-    """One, wherever it is. `settings` are lines of its configuration."""
+    """One, wherever it is. `settings` are lines of its configuration. Its root file system is on storage that both
+    hosts see, or, with `own`, on that of the host it is on."""
 
     hosts: Hosts
     settings: str
     name: str = "web"
-    directory: Path = field(init=False)
+    own: Host | None = None
 
-    def __post_init__(self) -> None:
-        self.directory = self.hosts.shared / f"lxc-{self.name}"
+    @property
+    def place(self) -> str:
+        """The directory of it, as hosts see it."""
+        return f"{'/srv/shared' if self.own is None else '/srv/own'}/lxc-{self.name}"
 
     @property
     def root(self) -> Path:
         """Its root file system, from outside."""
-        return self.directory / "rootfs"
+        return (self.own or self.hosts.a).path(f"{self.place}/rootfs")
 
     def configure(self, *hosts: Host) -> None:
         """Write its configuration on hosts, on both by default."""
-        lines = f"lxc.uts.name = {self.name}\nlxc.rootfs.path = dir:/srv/shared/lxc-{self.name}/rootfs\n{self.settings}"
+        lines = f"lxc.uts.name = {self.name}\nlxc.rootfs.path = dir:{self.place}/rootfs\n{self.settings}"
         for host in hosts or (self.hosts.a, self.hosts.b):
             home = host.path(f"{_HOME}/{self.name}")
             home.mkdir(parents=True, exist_ok=True)
@@ -104,7 +107,7 @@ class Container:
             pivot = host.path("/sys/fs/cgroup/lxc.pivot")  # LXC leaves it to the next container
             if pivot.exists():
                 pivot.rmdir()
-        shutil.rmtree(self.directory)
+            shutil.rmtree(host.path(self.place), ignore_errors=True)
 
     def counter(self, file: str, name: str) -> int:
         """A number in the status file of a program in it."""
