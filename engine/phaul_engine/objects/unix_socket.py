@@ -387,7 +387,7 @@ def _relation(usk: sk_unix_pb2.unix_sk_entry) -> tuple[object, ...]:
     return (
         *(usk.type, usk.state, usk.peer, usk.name, usk.deleted, usk.phaul_path),
         *(usk.phaul_peer_name, usk.phaul_peer_gone, usk.phaul_waits_at, usk.phaul_reset),
-        usk.phaul_journal.SerializeToString(deterministic=True),
+        usk.HasField("phaul_journal") and usk.phaul_journal.SerializeToString(deterministic=True),
         not usk.peer and usk.shutdown,
     )
 
