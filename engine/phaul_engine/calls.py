@@ -208,11 +208,6 @@ def punch_hole(fd: int, offset: int, size: int) -> None:
     system_call(NR.fallocate, fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, size)
 
 
-def sync_file_system(fd: int) -> None:
-    """Bring everything that was written to a descriptor's file system to its disk (syncfs(2))."""
-    system_call(NR.syncfs, fd)
-
-
 def link_descriptor(fd: int, directory: int, name: str) -> None:
     """Give the file that `fd` refers to another name (linkat(2), AT_EMPTY_PATH; it must have one already)."""
     system_call(NR.linkat, fd, b"", directory, os.fsencode(name), _AT_EMPTY_PATH, what=name)

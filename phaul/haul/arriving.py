@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import stat
+import subprocess
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -151,8 +152,8 @@ class _Tree:
                 return
             top = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._fd)
         try:
-            if names is None:
-                calls.sync_file_system(top)
+            if names is None:  # by sync(1): a thread of ours in there would keep us from dying as long as it takes
+                subprocess.run(["sync", "-f", f"/proc/self/fd/{top}"], pass_fds=(top,), check=False)
                 return
             for name in names:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
