@@ -16,6 +16,7 @@ from .arena import OwnArena, Seat
 from .clocks import Clocks
 from .errors import GoneError, RebuildError
 from .images.pb import vma_pb2
+from .namespaces import lodging
 from .namespaces import pid as pid_namespace
 from .namespaces.newborn import Namespaces
 from .native import check, ffi, lib, new_error
@@ -228,6 +229,8 @@ class Births:
             self.tasks[node.pid] = task = self._spawn(node, flags)
             if not node.placeholder:
                 self._introduce(task)
+                if lodging.enter(task.table, lambda program: self.run(task, program), self._restoration):
+                    self.namespaces.lodge(self._restoration.tasks[node.pid])
                 self.namespaces.settle_root(self._restoration.tasks[node.pid])
             return
         if self.init is None:

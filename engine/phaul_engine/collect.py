@@ -23,7 +23,7 @@ from .lock_move import Surrender
 from .members import Member, name_threads, opened, read_name
 from .memory import guards
 from .memory.extents import Extents, Kind
-from .namespaces import census
+from .namespaces import census, lodging
 from .namespaces.mnt import source as mounts
 from .namespaces.net import kind as net
 from .objects import address_space, catalogue, network_files, sysv_shm
@@ -113,7 +113,8 @@ class Collector:
         self.uffds: dict[int, int] = {}
         self._files = OpenFiles()
         self._memory: dict[str, Any] = {}
-        self._census = census.Census()
+        self._lent = bool(self.options.get(lodging.LENT))
+        self._census = census.Census(lent=self._lent)
         self._gadgets: dict[int, Gadgets] = {}
         self._mapped: dict[int, _Mapped] = {}
         self._seen: dict[int, tuple[list[Area], Gadgets | None]] = {}  # by `prepare`, for the pass that follows
@@ -272,8 +273,10 @@ class Collector:
 
     def _find_tops(self, members: list[Member], stack: contextlib.ExitStack) -> None:
         """The root of each process's mount namespace, through whichever of them sees it."""
-        tops = {census.HOST["mnt"]: os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}
-        stack.callback(os.close, tops[census.HOST["mnt"]])
+        tops: dict[int, int] = {}
+        if not self._lent:
+            tops[census.HOST["mnt"]] = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, tops[census.HOST["mnt"]])
         for member in members:
             if read_link(member.process.proc, "root") == "/":
                 tops.setdefault(self._census.numbers(member.pid)["mnt"], member.owner.root)

@@ -25,7 +25,7 @@ from phaul_engine.landing import Landing
 from phaul_engine.memory import fingerprint
 from phaul_engine.memory.sink import PageSink
 from phaul_engine.memory.stream import Channel
-from phaul_engine.namespaces import control_groups
+from phaul_engine.namespaces import control_groups, lodging
 from phaul_engine.namespaces.mnt import externals
 from phaul_engine.namespaces.net import kind as net_namespace
 from phaul_engine.network import replay
@@ -342,6 +342,7 @@ class DestinationWorks:
         options = {
             **self._settings.get("options", {}),
             **catching.NOTHING,
+            lodging.LODGING: 0,
             **place.options,
             confinement.OPTION: self._gate.confinement,
             journal_stream.UNIT: os.path.basename(parent),  # the unit that the tree lives in

@@ -13,24 +13,21 @@ A unit file decides what runs with which rights, so it is never taken from the o
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import hashlib
 import os
 import secrets
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from phaul_engine.cgroup import Hierarchy, path_of
-from phaul_engine.errors import EngineError
-from phaul_engine.proc.tree import read_tree
+from phaul_engine.cgroup import path_of
+from phaul_engine.namespaces import lodging
 
 from phaul.errors import PhaulError, UsageError
 from phaul.events import Finding
 from phaul.haul.places import NOWHERE, Places
 
-from . import systemd
+from . import systemd, unit_facts
 from .base import Found, Note, Place, Workload
 from .systemd import DropIn, show
 
@@ -74,7 +71,7 @@ GuessMainPID=no
 ExecCondition=
 ExecStartPre=
 ExecStart=
-ExecStart=+/bin/sh -c 'read verdict < {fifo} && [ "$$verdict" = run ]'
+ExecStart={prefix}/bin/sh -c 'read verdict < {fifo} && [ "$$verdict" = run ]'
 ExecStartPost=
 ExecReload=
 ExecStop=
@@ -85,9 +82,8 @@ RestartForceExitStatus=
 RemainAfterExit=no
 """
 
-_COMMANDS = ("ExecStartPre", "ExecStartPost", "ExecStop", "ExecStopPost")
-_SAME = ("Type", "ExecStart", "User", "Group", "RootDirectory", "DynamicUser")
-"""What makes another program of a unit, where it differs."""
+_AS_ROOT, _AS_ROOT_INSIDE = "+", "!"
+"""Before a command: systemd runs it with all rights, outside of what the unit is shut in, or inside of it."""
 
 _RESTARTS: dict[str, Callable[[str], bool]] = {
     "always": lambda result: True,
@@ -121,8 +117,16 @@ class Unit(Workload):
         pid = int(state["MainPID"] or 0)
         if pid <= 1:
             raise UsageError(f"{unit} has no main process", advice="give it a PIDFile=, or move it by its PID")
-        facts = {"name": unit, "pid": pid, **_definition(unit), **_state(unit)}
-        return Found(pid, f"{unit} (systemd)", facts, tuple(_against(unit, pid)))
+        sandboxed = unit_facts.sandboxed(pid)
+        facts = {
+            "name": unit,
+            "pid": pid,
+            "sandboxed": sandboxed,
+            **unit_facts.definition(unit),
+            **unit_facts.state(unit),
+        }
+        findings = tuple(unit_facts.against(unit, pid))
+        return Found(pid, f"{unit} (systemd)", facts, findings, options={lodging.LENT: sandboxed})
 
     def examine(self, facts: dict[str, Any], hauled: Collection[str] = ()) -> list[Finding]:
         unit = _named(facts)
@@ -135,10 +139,10 @@ class Unit(Workload):
         if state["ActiveState"] not in ("inactive", "failed"):
             text = f"{unit} is {state['ActiveState']} ({state['SubState']}) there"
             return [Finding("blocker", "unit-active", text, f"stop it there: systemctl stop {unit}")]
-        return [*_other_definition(unit, facts), *_sockets(unit), *_conflicts(unit)]
+        return [*unit_facts.differences(unit, facts), *unit_facts.sockets(unit), *unit_facts.conflicts(unit)]
 
     def prepare(self, facts: dict[str, Any], note: Note, tracer: Tracer, places: Places = NOWHERE) -> Place:
-        unit = _named(facts)
+        unit, sandboxed = _named(facts), bool(facts.get("sandboxed"))
         for finding in self.examine(facts):
             if finding.severity == "blocker":
                 raise PhaulError(finding.text, advice=finding.advice)
@@ -149,9 +153,13 @@ class Unit(Workload):
         note({"name": unit, "own_pidfile": own, **carried, **stage})
         _RUN.mkdir(mode=0o700, exist_ok=True)
         os.mkfifo(stage["fifo"], 0o600)
-        DropIn(unit).put(_STAGE.format(**stage))
+        DropIn(unit).put(_STAGE.format(**stage, prefix=_AS_ROOT_INSIDE if sandboxed else _AS_ROOT))
         systemd.start(unit)
-        return Place(_await_front_end(unit))
+        place, pid = _await_front_end(unit)
+        if unit_facts.sandboxed(pid) != sandboxed:
+            text = f"the {unit} of one host has a mount namespace of its own, and that of the other has not"
+            raise PhaulError(text, advice="have PrivateTmp=, ProtectSystem= and the like the same on both hosts")
+        return Place(place, {lodging.LODGING: pid} if sandboxed else {})
 
     def take_over(self, notes: dict[str, Any], root: int, pids: Iterable[int]) -> None:
         unit = _named(notes)
@@ -229,8 +237,8 @@ def _is_over(unit: str, pid: int) -> bool:
 # -- the stage at the destination --------------------------------------------------------------------------------------
 
 
-def _await_front_end(unit: str) -> str:
-    """Wait until our front end runs; its cgroup."""
+def _await_front_end(unit: str) -> tuple[str, int]:
+    """Wait until our front end runs; its cgroup, and its process."""
     wanted = ("ActiveState", "SubState", "ControlPID", "ControlGroup", "Job", "ConditionResult", "Result")
     state: dict[str, str] = {}
 
@@ -245,13 +253,21 @@ def _await_front_end(unit: str) -> str:
         elif state["Job"]:
             why = f"it waits for other units after {_START:.0f} s"
         raise PhaulError(f"systemd does not start {unit} here: {why}", advice=f"systemctl status {unit}")
-    place = path_of(int(state["ControlPID"]))
+    pid = int(state["ControlPID"])
+    place = path_of(pid)
     if place != state["ControlGroup"]:
         raise PhaulError(
             f"systemd does not keep {unit} in a cgroup of version 2 ({state['ControlGroup']}, {place})",
             advice="start this host with systemd.unified_cgroup_hierarchy=1",
         )
-    return place
+    if not systemd.wait(lambda: _executes(pid, "sh"), _TURN):
+        raise PhaulError(f"{unit} cannot run /bin/sh on this host", advice=f"journalctl -u {unit}")
+    return place, pid
+
+
+def _executes(pid: int, name: str) -> bool:
+    """Whether a process that systemd has begun is through with its namespaces, and runs its program."""
+    return unit_facts.comm(pid) == name
 
 
 def _staged(unit: str, notes: dict[str, Any]) -> bool:
@@ -304,148 +320,3 @@ def _tell(pid: int, told: dict[str, Any]) -> None:
         words += ["WATCHDOG=1", f"WATCHDOG_USEC={int(told['watchdog'])}"]
     if words:
         systemd.notify(pid, *words)
-
-
-# -- what the unit is --------------------------------------------------------------------------------------------------
-
-
-def _definition(unit: str) -> dict[str, Any]:
-    """What has to be the same on both hosts, and a digest of all that its files say."""
-    found = show(unit, *_SAME, "FragmentPath", "DropInPaths")
-    found["ExecStart"] = _words(found["ExecStart"])
-    digest = hashlib.sha256()
-    for path in (found.pop("FragmentPath"), *found.pop("DropInPaths").split()):
-        if path and path != str(DropIn(unit).path):
-            with contextlib.suppress(OSError):
-                digest.update(Path(path).read_bytes() + b"\0")
-    return {"definition": found, "digest": digest.hexdigest()}
-
-
-def _words(commands: str) -> str:
-    """The commands of an Exec setting without what became of them: `{ path=/bin/x ; argv[]=/bin/x -y ; ... }`."""
-    return "\n".join(line.partition("argv[]=")[2].partition(" ; ")[0] for line in commands.splitlines())
-
-
-def _state(unit: str) -> dict[str, Any]:
-    """What the running unit has beside its definition. `watchdog` in microseconds, 0 without one."""
-    found = show(unit, "Restart", "WatchdogUSec", "StatusText")
-    watchdog = systemd.span(found["WatchdogUSec"])
-    return {
-        "restart": found["Restart"],
-        "watchdog": 0 if watchdog == systemd.FOREVER else watchdog,
-        "status": found["StatusText"].partition("\n")[0],
-    }
-
-
-def _other_definition(unit: str, facts: dict[str, Any]) -> Iterator[Finding]:
-    here, there = _definition(unit), facts.get("definition")
-    if not isinstance(there, dict):
-        raise PhaulError(f"the other host does not say what {unit} is")
-    differing = [name for name in _SAME if str(there.get(name)) != here["definition"][name]]
-    if differing:
-        name = differing[0]
-        text = f"{unit} is something else there: {name}={here['definition'][name] or '(empty)'}"
-        yield Finding("blocker", "unit-definition", text, f"make {', '.join(differing)} the same on both hosts")
-    elif facts.get("digest") != here["digest"]:
-        text = f"the files of {unit} differ: what they say there of limits, restarts and stopping holds from now on"
-        yield Finding("warning", "unit-definition", text, f"compare what systemctl cat {unit} says on both hosts")
-
-
-def _conflicts(unit: str) -> Iterator[Finding]:
-    """To start a unit stops those that it conflicts with."""
-    for other in show(unit, "Conflicts", "ConflictedBy")["Conflicts"].split():
-        if show(other, "ActiveState")["ActiveState"] == "active":
-            text = f"{unit} conflicts with {other}, which is active there"
-            yield Finding("blocker", "unit-conflict", text, f"stop it there: systemctl stop {other}")
-
-
-def _sockets(unit: str) -> Iterator[Finding]:
-    """Sockets that systemd listens on in place of the program, and passes to it."""
-    for other in show(unit, "TriggeredBy")["TriggeredBy"].split():
-        if other.endswith(".socket") and show(other, "ActiveState")["ActiveState"] == "active":
-            text = f"{other} passes its sockets to {unit}, which systemd has too, and does not give away"
-            advice = "have the program open its sockets itself, and stop the socket unit on both hosts"
-            yield Finding("blocker", "unit-sockets", text, advice)
-
-
-def _against(unit: str, pid: int) -> Iterator[Finding]:
-    """At the source: what speaks against moving it."""
-    wanted = ("Type", "DynamicUser", "NFileDescriptorStore", "TriggeredBy", "UnitFileState", "ControlGroup", "Delegate")
-    state = show(unit, *wanted, *_COMMANDS, "RequiredBy", "BoundBy", "WantedBy")
-    if state["Type"] in ("oneshot", "dbus"):
-        text = f"{unit} is of Type={state['Type']}"
-        why = "systemd takes no process for its own in such a unit, other than one that it has started"
-        yield Finding("blocker", "unit-type", f"{text}: {why}")
-    if state["DynamicUser"] == "yes":
-        text = f"{unit} has DynamicUser=yes: its user id is another one on each host"
-        yield Finding("blocker", "unit-user", text, "give it a User=")
-    if int(state["NFileDescriptorStore"] or 0):
-        text = f"systemd keeps {state['NFileDescriptorStore']} descriptors for {unit}, and does not give them away"
-        yield Finding("blocker", "unit-descriptors", text, "FileDescriptorStoreMax=0")
-    yield from _sockets(unit)
-    yield from _sandbox(unit, pid)
-    yield from _outsiders(unit, pid, state["ControlGroup"])
-    left = [name for name in _COMMANDS if state[name]]
-    if left:
-        text = f"{' and '.join(f'{name}=' for name in left)} of {unit} will not be run for the move"
-        yield Finding("warning", "unit-commands", text, f"see systemctl cat {unit}: do by hand what is missing")
-    triggers = [one for one in state["TriggeredBy"].split() if not one.endswith(".socket") and _active(one)]
-    if state["UnitFileState"] == "enabled":
-        triggers.append("the next boot")
-    if triggers:
-        text = f"{', '.join(triggers)} will start {unit} here again, beside the one that has moved"
-        yield Finding("warning", "unit-triggers", text, f"systemctl disable --now them, and {unit}, when it has moved")
-    needing = {*state["RequiredBy"].split(), *state["BoundBy"].split()}
-    left = sorted(one for one in needing if _active(one))
-    if left:
-        text = f"{', '.join(left)} {'need' if len(left) > 1 else 'needs'} {unit} and will stay here without it"
-        yield Finding("warning", "unit-needed", text, "stop them, or move them too")
-
-
-def _active(unit: str) -> bool:
-    return show(unit, "ActiveState")["ActiveState"] == "active"
-
-
-def _sandbox(unit: str, pid: int) -> Iterator[Finding]:
-    """A mount namespace that systemd has made (PrivateTmp=, ProtectSystem=, ...)."""
-    if os.path.samefile(f"/proc/{pid}/ns/mnt", "/proc/self/ns/mnt"):
-        return
-    text = f"{unit} has a mount namespace of its own (PrivateTmp=, ProtectSystem=, ReadWritePaths= and others)"
-    advice = "start it without these settings (systemctl edit), or not at all"
-    yield Finding("blocker", "unit-sandbox", text, advice)
-
-
-def _outsiders(unit: str, pid: int, group: str) -> Iterator[Finding]:
-    """Processes of the unit that are not below its main one."""
-    if path_of(pid) != group:
-        text = f"the main process of {unit} is in cgroup {path_of(pid)}, and not in the unit's own ({group})"
-        yield Finding("blocker", "unit-cgroup", text, "processes in cgroups below the unit's own do not move")
-        return
-    try:
-        tree = {process.pid for process in read_tree(pid)}
-        outside = sorted(set(_members(group)) - tree)
-    except EngineError as error:
-        yield Finding("blocker", "unit-processes", f"the processes of {unit} cannot be told: {error}")
-        return
-    if outside:
-        names = ", ".join(f"pid {one} ({_comm(one)})" for one in outside[:3])
-        text = f"{names} of {unit} {'is' if len(outside) == 1 else 'are'} not below its main process {pid}"
-        yield Finding("blocker", "unit-processes", text, "end what has left the main process, or move by PID")
-
-
-def _members(group: str) -> Iterator[int]:
-    """The processes in a cgroup and below."""
-    with Hierarchy.find() as hierarchy:
-        top = hierarchy.open(group)
-        try:
-            for _, _, _, directory in os.fwalk(".", dir_fd=top):
-                with open(os.open("cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)) as file:
-                    yield from map(int, file.read().split())
-        finally:
-            os.close(top)
-
-
-def _comm(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    return "gone"

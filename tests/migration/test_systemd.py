@@ -70,6 +70,9 @@ class Service:
     def start(self, settings: str = "", words: str = "") -> None:
         """Have it run on host a."""
         self.install(settings, words)
+        log = self.hosts.shared / f"{self.name}.log"
+        log.touch()
+        log.chmod(0o666)
         self.hosts.a.run(["systemctl", "start", self.unit])
         wait_until(lambda: len(self.counts()) > 3, "it counts")
 
@@ -168,6 +171,27 @@ def test_it_moves_there_and_back(managed: Hosts, service: Service) -> None:
     wait_until(lambda: service.counts()[-1][1] != pid, "it is started again where it lives", 20.0)
 
 
+def test_what_it_is_shut_in_is_made_there(managed: Hosts, service: Service) -> None:
+    """PrivateTmp= and the like: each systemd makes a view of its own host."""
+    shut = "PrivateTmp=yes\nProtectSystem=strict\nReadWritePaths=/srv/shared\nPrivateDevices=yes\nStateDirectory=web\n"
+    service.start(f"{shut}NoNewPrivileges=yes\nSystemCallFilter=@system-service\nUser=nobody\n")
+    pid = service.show(managed.a, "MainPID")
+    for source, there in ((managed.a, managed.b), (managed.b, managed.a)):
+        status, result = service.move(source)
+        assert (status, result["outcome"]) == (0, "migrated"), f"{result}\n{service.states()}"
+        service.goes_on(there)
+        assert service.state(there) == ("active", "running")
+        assert service.show(there, "MainPID") == pid
+        mounts = there.path(f"/proc/{pid}/mountinfo").read_text()
+        assert f"-{service.unit}-" in mounts, "it has no /tmp of its own"
+        assert there.run(["nsenter", "-m", "-t", pid, "touch", "/usr/x"], check=False).returncode != 0
+        assert "\nUid:\t65534\t65534" in there.path(f"/proc/{pid}/status").read_text()
+        for host in (managed.a, managed.b):
+            service.unheld(host)
+    managed.a.run(["systemctl", "stop", service.unit])
+    assert not list(managed.a.path("/tmp").glob("systemd-private-*")), "what was private is left"
+
+
 def test_a_migration_that_is_undone_leaves_nothing(managed: Hosts, service: Service) -> None:
     service.start("Restart=always\n")
     scene = Scene(managed)
@@ -254,10 +278,13 @@ def test_its_watchdog_moves_and_does_not_bite_what_is_frozen(managed: Hosts, ser
 
 
 def test_what_keeps_a_service_from_moving(managed: Hosts, service: Service) -> None:
-    service.start("PrivateTmp=yes\nExecStopPost=/bin/true\n")
+    private = f"ExecStart=\nExecStart=/usr/bin/python3 -S -E {PROGRAM} /tmp/private.log\n"
+    service.install(f"PrivateTmp=yes\nExecStopPost=/bin/true\n{private}")
+    managed.a.run(["systemctl", "start", service.unit])
+    inside = f"/proc/{service.show(managed.a, 'MainPID')}/root/tmp/private.log"
+    wait_until(lambda: managed.a.path(inside).exists(), "it counts where nobody sees it")
     status, result = service.move(managed.a, "--dry-run")
-    assert status == 20, str(result)
-    assert "has a mount namespace of its own" in str(result["reason"])
+    assert (status, "a file of its own mount namespace" in str(result["reason"])) == (20, True), result
     assert "ExecStopPost= of" in str(result["events"])
     managed.a.run(["systemctl", "stop", service.unit])
     service.start("DynamicUser=no\n")

@@ -34,7 +34,9 @@ assert catalogue
 class Census:
     """The numbers of namespaces, kept from pass to pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, lent: bool = False) -> None:
+        """`lent`: see `lodging`."""
+        self._lent = ("mnt",) if lent else ()
         self._numbers: dict[tuple[str, int, int], int] = {}
         self._next = _FIRST
         self._members: dict[int, dict[str, int]] = {}
@@ -86,7 +88,7 @@ class Census:
         if self._numbers:
             return
         init = pid_namespace.init_above(root.pid)
-        for pid, names in ((os.getpid(), NAMES), (init, pid_namespace.SHARED), (root.pid, ("time",))):
+        for pid, names in ((os.getpid(), NAMES), (init, pid_namespace.SHARED), (root.pid, ("time", *self._lent))):
             if pid is not None:
                 proc = open_process(pid)
                 try:

@@ -93,6 +93,12 @@ class Namespaces:
                 self._take_outer_ends(clearing.clear(there["net"], self._restoration.options.get(catching.PLUGS, {})))
         self._make(task, wanted)
 
+    def lodge(self, task: SkeletonTask) -> None:
+        """The root has gone into a mount namespace that was there (`lodging`): names lead to what is in that."""
+        self._refresh(task)
+        self._restoration.root = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=task.proc)
+        self._descriptors.append(self._restoration.root)
+
     def inherit(self, pid: int, parent: int) -> None:
         """A task was born that is wherever its parent is."""
         self._where[pid] = self._where.get(parent, {})

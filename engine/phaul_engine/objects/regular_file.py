@@ -178,9 +178,11 @@ def _name(descriptor: Descriptor, mount: int, file_id: int, collection: Collecti
     if found is not None and (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino):
         _note_use(descriptor, file_id, collection)
         return link
-    if not mounted.is_attached(descriptor, mount, collection):
-        if found is not None and stat.S_ISCHR(status.st_mode) and found.st_rdev == status.st_rdev:
-            return link  # another node of the same device
+    attached = mounted.is_attached(descriptor, mount, collection)
+    same_device = found is not None and stat.S_ISCHR(status.st_mode) and found.st_rdev == status.st_rdev
+    if same_device and (not attached or mount == mounted.NOWHERE):
+        return link  # another node of it
+    if not attached:
         collection.block(
             descriptor,
             f"the file {link}",
