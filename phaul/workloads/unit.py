@@ -71,7 +71,7 @@ GuessMainPID=no
 ExecCondition=
 ExecStartPre=
 ExecStart=
-ExecStart={prefix}/bin/sh -c 'read verdict < {fifo} && [ "$$verdict" = run ]'
+ExecStart={prefix}/bin/sh -c 'until read verdict < {fifo} && [ "$$verdict" = run ]; do sleep 1; done'
 ExecStartPost=
 ExecReload=
 ExecStop=
@@ -197,13 +197,16 @@ class Unit(Workload):
 
     def let_go(self, facts: dict[str, Any]) -> None:
         unit = _named(facts)
-        if DropIn(unit).read() not in ("", _HOLD):  # that of a migration to this host
+        held = DropIn(unit).read()
+        if held not in ("", _HOLD):  # that of a migration to this host
             return
         DropIn(unit).take_away()
         state = show(unit, "ActiveState", "Result", "MainPID")
         if int(state["MainPID"] or 0) == facts["pid"]:
             _tell(facts["pid"], facts)
-        elif state["ActiveState"] in ("inactive", "failed") and _restarts(str(facts.get("restart")), state["Result"]):
+            return
+        ended = state["ActiveState"] in ("inactive", "failed")
+        if held and ended and restarts(str(facts["restart"]), state["Result"]):
             systemd.start(unit)  # it has ended by itself, when nobody would have started it again
 
     def give_up(self, facts: dict[str, Any]) -> None:
@@ -224,7 +227,8 @@ def _named(facts: dict[str, Any]) -> str:
     return name
 
 
-def _restarts(policy: str, result: str) -> bool:
+def restarts(policy: str, result: str) -> bool:
+    """Whether systemd starts a unit again whose program has ended, by its Restart= and how it ended."""
     return policy in _RESTARTS and _RESTARTS[policy](result)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from phaul import workloads
 from phaul.errors import PhaulError, UsageError
-from phaul.workloads import oci, systemd
+from phaul.workloads import oci, systemd, unit
 
 CONFIG = {"root": {"path": "rootfs"}}
 
@@ -132,3 +132,21 @@ def test_names_of_services_are_checked() -> None:
 )
 def test_time_spans_of_systemd_are_read(text: str, microseconds: int) -> None:
     assert systemd.span(text) == microseconds
+
+
+@pytest.mark.parametrize(
+    ("policy", "after"),
+    [
+        ("no", ()),
+        ("always", ("success", "exit-code", "signal", "watchdog")),
+        ("on-success", ("success",)),
+        ("on-failure", ("exit-code", "signal", "watchdog")),
+        ("on-abnormal", ("signal", "watchdog")),
+        ("on-abort", ("signal",)),
+        ("on-watchdog", ("watchdog",)),
+        ("something new", ()),
+    ],
+)
+def test_what_is_started_again_is_what_systemd_would_have(policy: str, after: tuple[str, ...]) -> None:
+    results = ("success", "exit-code", "signal", "watchdog")
+    assert tuple(result for result in results if unit.restarts(policy, result)) == after
