@@ -120,7 +120,8 @@ class Service:
     def move(self, source: Host, *options: str, name: str = "") -> tuple[int, dict[str, object]]:
         """Ask for it: the exit status, and the result."""
         words = ["phaul", "migrate", "--unit", name or self.unit, f"root@{self.hosts.other(source).address}"]
-        done = source.run([*words, "--json", "--yes", "--max-downtime", "5000", *options], check=False)
+        words += ["--json", "--yes", "--max-downtime", "5000", *options]
+        done = source.run(words, check=False, timeout=180.0)
         result = json.loads(done.stdout.splitlines()[-1])
         return done.returncode, result | {"events": done.stdout}
 
