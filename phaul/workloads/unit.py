@@ -100,6 +100,7 @@ class Unit(Workload):
     """Named by the unit's name, with or without `.service`."""
 
     kind: ClassVar = "unit"
+    supervised: ClassVar = True
 
     def find(self, name: str) -> Found:
         unit = name if "." in name and not name.endswith(".") else f"{name}.service"
