@@ -173,6 +173,7 @@ def compare(
         *_clocks(source, destination, there),
         *_arbiters(source, destination, there),
         *program.findings,
+        *trees.findings(program.questions.trees, answers.trees, there, ship=wishes.ship == "missing"),
         *answers.workload,
         *_numbers(program.questions, answers, wishes),
         *_features(program.questions, answers, there),
@@ -180,7 +181,6 @@ def compare(
         *_needed_files(program.questions, answers, wishes),
         *_written_files(program.questions, answers, wishes),
         *_carried_files(program.questions, answers, wishes),
-        *trees.findings(program.questions.trees, answers.trees, there, ship=wishes.ship == "missing"),
         *_network(program.questions, source, destination, answers, wishes),
     ]
 
