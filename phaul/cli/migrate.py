@@ -24,6 +24,7 @@ Words = Annotated[
 Lxc = Annotated[str | None, typer.Option("--lxc", metavar="NAME", help="In place of PID: a container of LXC.")]
 Runc = Annotated[str | None, typer.Option("--runc", metavar="ID", help="In place of PID: a container of runc or crun.")]
 Unit = Annotated[str | None, typer.Option("--unit", metavar="NAME", help="In place of PID: a service of systemd.")]
+Vz = Annotated[str | None, typer.Option("--vz", metavar="CTID", help="In place of PID: a container of OpenVZ.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what stands in the way.")]
 MaxDowntime = Annotated[str | None, typer.Option(metavar="MS", help="The downtime that is good enough.")]
 MaxRounds = Annotated[int | None, typer.Option(metavar="N", help="Rounds of copying before the switchover.")]
@@ -51,6 +52,7 @@ def migrate(
     lxc: Lxc = None,
     runc: Runc = None,
     unit: Unit = None,
+    vz: Vz = None,
     dry_run: DryRun = False,
     max_downtime: MaxDowntime = None,
     max_rounds: MaxRounds = None,
@@ -98,7 +100,7 @@ def migrate(
     from phaul.cli.view import view
     from phaul.transport.ssh_config import Destination
 
-    workload, subject, host = _what(words, {"lxc": lxc, "oci": runc, "unit": unit})
+    workload, subject, host = _what(words, {"lxc": lxc, "oci": runc, "unit": unit, "vz": vz})
     order = orchestrator.Order(
         workload=workload,
         subject=subject,

@@ -11,12 +11,13 @@ from phaul.errors import UsageError
 from .base import Found, Place, Workload
 from .lxc import Lxc
 from .oci import Oci
+from .openvz import OpenVz
 from .plain import Plain
 from .unit import Unit
 
 __all__ = ["Found", "Place", "Workload", "of"]
 
-_KINDS: dict[str, Workload] = {kind.kind: kind for kind in (Plain(), Lxc(), Oci(), Unit())}
+_KINDS: dict[str, Workload] = {kind.kind: kind for kind in (Plain(), Lxc(), Oci(), Unit(), OpenVz())}
 
 
 def of(kind: str) -> Workload:

@@ -114,8 +114,8 @@ def test_what_is_not_there_cannot_move(bundle: Path) -> None:
             workloads.of("oci").find(name)
     with pytest.raises(UsageError, match="not the PID"):
         workloads.of("pid").find("web")
-    with pytest.raises(UsageError, match="moving a vz"):
-        workloads.of("vz")
+    with pytest.raises(UsageError, match="moving a ship"):
+        workloads.of("ship")
 
 
 def test_names_of_services_are_checked() -> None:

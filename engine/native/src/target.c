@@ -621,7 +621,11 @@ seccomp_filter (void *argument, struct ph_error *err)
 	long length = ptrace (PTRACE_SECCOMP_GET_FILTER, peek->tid, (void *) (long) peek->shared, NULL);
 
 	if (length < 0)
-		return errno == ENOENT ? 0 : ph_fail (err, errno, "read seccomp filter %d of task %d", peek->shared, peek->tid);
+		{
+			if (errno == ENOENT || errno == EINVAL) /* no more, or a task that has none at all */
+				return 0;
+			return ph_fail (err, errno, "read seccomp filter %d of task %d", peek->shared, peek->tid);
+		}
 	if ((size_t) length > peek->capacity)
 		return ph_fail (err, ENOBUFS, "a seccomp filter of %ld instructions", length);
 	if (ptrace (PTRACE_SECCOMP_GET_FILTER, peek->tid, (void *) (long) peek->shared, peek->buffer) < 0)
