@@ -22,6 +22,7 @@ demo: $(VENV)/installed
 	@$(AS_ROOT) $(BIN)/python -m tests.demo --repeat $(REPEAT)
 
 test: lint
+	@$(AS_ROOT) $(BIN)/python -m tests.debian
 	$(AS_ROOT) env PHAUL_SIMULATIONS=$(SIMULATIONS) PHAUL_MODEL_ACCIDENTS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(SUITES)
 
 # Every fault at every step, for an hour or two; `make test` has a selection of them.

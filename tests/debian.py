@@ -1,4 +1,7 @@
-"""A small Debian with systemd, made once from packages of the machine's mirror and kept in .state."""
+"""A small Debian with systemd, made once from packages of the machine's mirror and kept in .state.
+
+`python -m tests.debian` makes it: tests have a network of their own, where there is no mirror.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,17 @@ _WASTE = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/loca
 
 
 def missing() -> str:
-    """Why it cannot be made here; empty if it can."""
-    return "" if shutil.which("debootstrap") else "debootstrap is not installed"
+    """Why there is none; empty if there is one."""
+    return "" if _place().exists() else "make it first: python -m tests.debian"
+
+
+def _place() -> Path:
+    return STATE / hashlib.sha256(" ".join((SUITE, *PACKAGES)).encode()).hexdigest()[:12]
 
 
 def tree() -> Path:
     """Its directory, which nobody may change. One builder at a time makes it; it gets its name when it is whole."""
-    name = hashlib.sha256(" ".join((SUITE, *PACKAGES)).encode()).hexdigest()[:12]
-    place = STATE / name
+    place = _place()
     STATE.mkdir(parents=True, exist_ok=True)
     with open(STATE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -41,7 +47,7 @@ def tree() -> Path:
 
 def copy(destination: Path, shift: int = 0) -> None:
     """A copy of it, whose owners are `shift` higher, as a user namespace maps them."""
-    subprocess.run(["cp", "-a", "--one-file-system", tree(), destination], check=True)
+    subprocess.run(["cp", "-a", "--one-file-system", _place(), destination], check=True)
     if not shift:
         return
     for directory, below, files in os.walk(destination):
@@ -51,3 +57,7 @@ def copy(destination: Path, shift: int = 0) -> None:
                 os.lchown(path, status.st_uid + shift, status.st_gid + shift)
                 if not path.is_symlink():
                     path.chmod(status.st_mode & 0o7777)  # set-user-id has gone with the owner
+
+
+if __name__ == "__main__":
+    tree()

@@ -20,7 +20,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -340,10 +340,11 @@ class Hold:
                 advice="end it first: it came in from outside (lxc-attach)",
             )
 
-    def freeze(self, timeout: float) -> float:
+    def freeze(self, timeout: float, tree: Collection[int] = ()) -> float:
         """Stop every task; returns the seconds that it took. Tasks may be in ptrace stops.
 
-        After `timeout` seconds all are let go again and FreezeTimeoutError names those that did not stop.
+        After `timeout` seconds all are let go again and FreezeTimeoutError names those that did not stop. CgroupError,
+        with all let go, if a living process of `tree` is elsewhere: it would run on.
         """
         begin = time.monotonic()
         self._control("cgroup.freeze", b"1")
@@ -353,6 +354,10 @@ class Hold:
             finally:
                 self.thaw()
             raise FreezeTimeoutError(self.path, timeout, tasks)
+        outside = {pid for pid in set(tree) - self.members() if _alive(pid)} if tree else set()
+        if outside:
+            self.thaw()
+            raise CgroupError(f"not in {self.path}, which is to hold it: {', '.join(map(_named, sorted(outside)))}")
         return time.monotonic() - begin
 
     def thaw(self) -> None:

@@ -496,7 +496,7 @@ class DestinationWorks:
         self._note_waking()
         self._await_clock()
         marks.append(time.monotonic())
-        self._cgroup.freeze(_FREEZE_TIMEOUT)
+        self._cgroup.freeze(_FREEZE_TIMEOUT, self.landing.skeleton.pids().values())
         marks.append(time.monotonic())
         for name, begun, ended in zip(("areas", "pages", "objects", "park"), marks, marks[1:], strict=False):
             self._report(events.Phase(name, (ended - begun) * 1000, side="destination"))

@@ -478,7 +478,10 @@ class SourceWorks:
         def note(deed: dict[str, Any]) -> None:
             journal.note(undo=(Undo(**deed),))
 
-        return self._departure.collect(hold=lambda: _freeze_now(hold, timeout), seal=seal, note=note)
+        def hold_all() -> None:
+            hold.freeze(timeout, self._departure.frozen_pids())
+
+        return self._departure.collect(hold=hold_all, seal=seal, note=note)
 
     def _send_last(self) -> None:
         """The last pages, and with --verify what all pages hold. It waits for them then: what is injected afterwards
@@ -590,10 +593,6 @@ class SourceWorks:
         network, self._network = self._network, None
         if network is not None:
             network.hold.close()
-
-
-def _freeze_now(hold: cgroup.Hold, timeout: float) -> None:
-    hold.freeze(timeout)
 
 
 def _living(pids: Iterable[int]) -> Iterator[Task]:

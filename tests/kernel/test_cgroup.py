@@ -268,3 +268,16 @@ def test_examine_names_what_forbids(hierarchy: Hierarchy, hold: Hold, counter: t
 def test_names_that_are_paths_are_refused(hierarchy: Hierarchy, name: str) -> None:
     with pytest.raises(ValueError, match="cannot name"):
         Hold.create(hierarchy, "/", name)
+
+
+def test_a_tree_that_is_not_all_inside_is_not_held(
+    hold: Hold, subjects: Subjects, counter: tuple[int, Callable[[], int]]
+) -> None:
+    inside, outside = counter[0], subjects.start(FORKER)
+    hold.gather(lambda: [inside])
+    with pytest.raises(cgroup.CgroupError, match=f"not in .*pid {outside} "):
+        hold.freeze(5, [inside, outside])
+    assert not hold.frozen
+    hold.freeze(5, [inside])
+    assert hold.frozen
+    hold.thaw()

@@ -44,10 +44,6 @@ def container(hosts: Hosts, bridges: None) -> Iterator[Container]:
     one.remove()
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="on a loaded machine the server's sockets tell EPERM after the second move, as in repair mode",
-)
 def test_it_moves_there_and_back_with_its_connections(hosts: Hosts, container: Container) -> None:
     client = start_echo_client(hosts.client, ADDRESS)
     client.goes_on("requests", 20.0)

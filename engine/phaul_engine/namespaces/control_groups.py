@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from phaul_engine.cgroup import Hierarchy
+from phaul_engine.errors import RebuildError
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.pb import cgroup_pb2
 from phaul_engine.objects import cgroup_set, places
@@ -105,7 +106,10 @@ class ControlGroups(NamespaceKind):
         if made.places.get(task.inner_pid) == wanted:
             return
         there = (unified_path(task.proc) or "/").removeprefix(made.home).strip("/")
-        if there != wanted:  # else it was born where it belongs
+        held = there.startswith(_OURS)  # what holds the tree stands for its root
+        if held and wanted:
+            raise RebuildError(f"process {task.inner_pid} has gone to another cgroup, {wanted}, since it was looked at")
+        if there != wanted and not held:  # else it was born where it belongs
             made.hierarchy.put(task.pid, f"{made.home.rstrip('/')}/{wanted}")
         made.places[task.inner_pid] = wanted
 
