@@ -184,11 +184,16 @@ def _watch_own_signals(
 ) -> None:
     """A signalfd tells an epoll instance of the signals of the process that has registered it, whoever waits: so these
     are registered once more, inside the one that has both."""
+    wanted = _wanted(entry, restoration)
+    signals = {key for key in wanted if restoration.entry(key.target).type == fdinfo_pb2.SIGNALFD}
+    if not signals:
+        return
     checkpoint = restoration.checkpoint
     records = checkpoint.records("fdinfo", checkpoint.one("ids", task.inner_pid).files_id)
     table = {record.message.fd: record.message.id for record in records}
-    for key, (events, data) in _wanted(entry, restoration).items():
-        if table.get(key.tfd) == key.target and restoration.entry(key.target).type == fdinfo_pb2.SIGNALFD:
+    for key in sorted(signals, key=lambda key: key.tfd):
+        if table.get(key.tfd) == key.target:
+            events, data = wanted[key]
             event = program.data(_event.pack(events, data))
             program.order(NR.epoll_ctl, epoll, _CTL_DEL, key.tfd, 0, label="watch no signals of the engine's")
             program.order(NR.epoll_ctl, epoll, _CTL_ADD, key.tfd, event, label="watch signals")
