@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from phaul_engine.departure import Departure
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.delta import Known, apply
@@ -89,6 +91,49 @@ def commit(first: int, count: int) -> Edit:
 def write(page: int, letter: str) -> Edit:
     """Fill a page, if it can be written."""
     return ["write", at(page), ord(letter)]
+
+
+_numbers, _counts, _letters = (
+    st.integers(0, PAGES - 1),
+    st.integers(1, 16),
+    st.sampled_from("abcdefghijklmnopqrstuvwxyz"),
+)
+_prots = st.integers(0, _RWX)
+_kinds = st.sampled_from(
+    [
+        (_PRIVATE | _ANONYMOUS, -1),
+        (_PRIVATE | _ANONYMOUS | _NORESERVE, -1),
+        (_SHARED | _ANONYMOUS, -1),
+        (_PRIVATE, "file"),
+        (_SHARED, "file"),
+    ]
+)
+
+
+def _calls(number: int | st.SearchStrategy[int], *further: st.SearchStrategy[int]) -> st.SearchStrategy[Edit]:
+    """A system call that takes a stretch of addresses, and then these."""
+    return st.builds(
+        lambda number, first, count, *others: ["call", number, at(first), count * PAGE, *others],
+        number if isinstance(number, st.SearchStrategy) else st.just(number),
+        _numbers,
+        _counts,
+        *further,
+    )
+
+
+_edits = st.one_of(
+    st.builds(
+        lambda first, count, prot, kind, offset: map_(first, count, prot, kind[0], kind[1], offset),
+        *(_numbers, _counts, _prots, _kinds, st.integers(0, 8)),
+    ),
+    _calls(_MPROTECT, _prots),
+    _calls(_MUNMAP),
+    _calls(_MREMAP, _counts.map(lambda count: count * PAGE), st.just(0)),
+    _calls(_MREMAP, _counts.map(lambda count: count * PAGE), st.just(_TO_FIXED), _numbers.map(at)),
+    _calls(_MADVISE, st.sampled_from(list(_ADVICE.values()))),
+    _calls(st.sampled_from([_MLOCK, _MUNLOCK])),
+    st.builds(write, _numbers, _letters),
+)
 
 
 @dataclass
@@ -243,3 +288,16 @@ def test_code_that_a_compiler_adds(program: Program, point: str) -> None:
     )
     assert [page for page in range(12) if theirs[page].content != b"ab"[page > 7 :][:1] * PAGE] == []
     assert ours == theirs
+
+
+def _without_advice(pages: dict[int, Page]) -> dict[int, Page]:
+    """Advice for a whole area does not show in the freeze (docs/decisions.md)."""
+    return {number: page._replace(flags=frozenset()) for number, page in pages.items()}
+
+
+@pytest.mark.timeout(600)
+@settings(max_examples=30, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(script=st.dictionaries(st.sampled_from(POINTS), st.lists(_edits, min_size=1, max_size=4)))
+def test_areas_are_as_they_were(program: Program, script: Script) -> None:
+    theirs, ours = travel(program, script)
+    assert _without_advice(ours) == _without_advice(theirs)
