@@ -54,7 +54,7 @@ class Container:
         words = f"{self.runtime} --log /tmp/oci.log run -d -b {PLACE} {self.name} </dev/null >/dev/null 2>&1"
         done = self.hosts.a.run(["sh", "-c", f"{words} || cat /tmp/oci.log; rm -f /tmp/oci.log"])
         if "RLIM_MEMLOCK" in done.stdout:
-            shutil.rmtree(self.hosts.a.path(f"{PLACE}/.."))
+            shutil.rmtree(self.hosts.a.path(PLACE).parent)
             pytest.skip(f"{self.runtime} needs CAP_SYS_RESOURCE: {done.stdout.strip()}")
         assert not done.stdout, done.stdout
         wait_until(lambda: "writes" in self.status(self.hosts.a), "it runs", 20.0)
