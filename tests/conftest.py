@@ -40,7 +40,7 @@ class Workplace:
 
 def _open_files() -> Iterator[str]:
     """The files and directories that this process has open: every process that a later test forks has them too."""
-    for number in os.listdir("/proc/self/fd"):
+    for number in (number for number in os.listdir("/proc/self/fd") if int(number) > 2):  # those are pytest's
         with suppress(OSError):  # the listing's own
             mode = os.stat(int(number)).st_mode
             path = os.readlink(f"/proc/self/fd/{number}")
