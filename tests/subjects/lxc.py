@@ -111,7 +111,7 @@ class Container:
 
     def counter(self, file: str, name: str) -> int:
         """A number in the status file of a program in it."""
-        return int(self.status(file)[name])
+        return int(self.status(file).get(name, 0))  # just begun, it is empty
 
     def status(self, file: str) -> dict[str, str]:
         """What a program in it says of itself."""
