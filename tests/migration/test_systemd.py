@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def managed(workplace: object) -> Iterator[Hosts]:
     reason = service_manager.missing()
     if reason:
         pytest.skip(reason)
-    with two_hosts(systemd=True) as hosts:
+    with two_hosts(f"systemd-{os.getpid()}", systemd=True) as hosts:  # beside those of other tests
         shutil.copy(Path(__file__).parents[1] / "subjects" / "service.py", hosts.shared)
         yield hosts
 
