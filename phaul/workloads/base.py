@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from phaul.errors import PhaulError
 from phaul.events import Finding
 from phaul.haul.places import NOWHERE, Places
 
@@ -40,6 +41,13 @@ class Place:
 
 Note: TypeAlias = Callable[[dict[str, Any]], object]
 """Writes notes (JSON) into the journal, in place of those before: for `take_over` and `withdraw`, whoever does them."""
+
+
+def refuse(findings: Iterable[Finding]) -> None:
+    """PhaulError for the first blocker."""
+    for finding in findings:
+        if finding.severity == "blocker":
+            raise PhaulError(finding.text, advice=finding.advice)
 
 
 class Workload(ABC):

@@ -13,9 +13,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-import subprocess
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,8 +24,8 @@ from phaul.events import Finding
 from phaul.haul.places import NOWHERE, Places
 from phaul.journal import Task
 
-from . import lxc_config
-from .base import Found, Note, Place, Workload
+from . import commands, lxc_config
+from .base import Found, Note, Place, Workload, refuse
 
 if TYPE_CHECKING:
     from phaul_engine.target import Tracer
@@ -35,8 +33,6 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z0-9_.:+-]{1,200}")
 _PATIENCE = 30.0  # seconds for a command of LXC
 _ENDING = 20.0  # seconds for a monitor whose container has ended to be gone
-_PAUSE = 0.02
-_WORDS = 300
 _CONSOLES = "consoles"  # phaul_engine.objects.console.OPTION, which nobody who only asks has to load
 _STOPPED, _RUNNING = "STOPPED", "RUNNING"
 _CARRIED = ("veth", "empty", "none", "macvlan")  # kinds of network devices
@@ -91,9 +87,7 @@ class Lxc(Workload):
         from phaul_engine import catching
 
         name = _named(facts)
-        for finding in self.examine(facts, [final for final, _ in places.staged]):
-            if finding.severity == "blocker":
-                raise PhaulError(finding.text, advice=finding.advice)
+        refuse(self.examine(facts, [final for final, _ in places.staged]))
         notes = {"name": name}
         note(notes)
         caught = catching.catch(tracer, places.command("lxc-start", "-n", name, "-P", _home()), _PATIENCE)
@@ -116,7 +110,12 @@ class Lxc(Workload):
 def _end(name: str, pid: int) -> None:
     """The first process of a container is dead: wait until its monitor has cleared everything away."""
     home = _home()
-    if _wait(lambda: _state(home, name)[1] != pid and _state(home, name)[0] in (_STOPPED, "")):
+
+    def over() -> bool:
+        state, now = _state(home, name)
+        return now != pid and state in (_STOPPED, "")
+
+    if commands.wait(over, _ENDING):
         return
     state, now = _state(home, name)
     if state == _RUNNING and now != pid:  # another one was started meanwhile
@@ -124,29 +123,12 @@ def _end(name: str, pid: int) -> None:
     _run("lxc-stop", "-k", "-n", name, "-P", home)
 
 
-def _wait(over: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + _ENDING
-    while not over():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_PAUSE)
-    return True
-
-
 # -- LXC's commands ------------------------------------------------------------------------------------------------
 
 
 def _run(*words: str) -> str:
     """What a command says. PhaulError, with that, if it fails."""
-    try:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE)
-    except FileNotFoundError as error:
-        raise PhaulError(f"{words[0]} is not installed", advice="install the package lxc") from error
-    except subprocess.TimeoutExpired as error:
-        raise PhaulError(f"{' '.join(words)} took longer than {_PATIENCE:.0f} s") from error
-    if done.returncode:
-        raise PhaulError(f"{' '.join(words)} failed: {(done.stderr or done.stdout).strip()[-_WORDS:]}")
-    return done.stdout
+    return commands.run(words, _PATIENCE, advice="install the package lxc")
 
 
 def _home() -> str:

@@ -8,6 +8,8 @@ from typing import TypeAlias
 
 from phaul.errors import PhaulError
 
+from . import commands
+
 Config: TypeAlias = list[tuple[str, str]]
 
 _DEEPEST = 16  # of files that include others
@@ -18,13 +20,7 @@ def read(path: Path, depth: int = 0) -> Config:
     """What a file says, with what it includes. PhaulError if one of them cannot be read."""
     if depth > _DEEPEST:
         raise PhaulError(f"{path} is included too deeply")
-    try:
-        with open(path, "rb") as file:
-            text = file.read(_LARGEST + 1)
-    except OSError as error:
-        raise PhaulError(f"{path}: {error.strerror}") from error
-    if len(text) > _LARGEST:
-        raise PhaulError(f"{path} is larger than {_LARGEST} bytes")
+    text = commands.read(path, _LARGEST)
     found: Config = []
     for line in text.decode(errors="surrogateescape").splitlines():
         key, equals, value = line.strip().partition("=")

@@ -20,8 +20,6 @@ import re
 import shutil
 import signal
 import stat
-import subprocess
-import tempfile
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -32,14 +30,15 @@ from phaul_engine.cgroup import path_of
 from phaul_engine.errors import GoneError
 from phaul_engine.proc.access import open_process
 from phaul_engine.proc.cgroup import read_cgroups
-from phaul_engine.proc.mountinfo import parse_mounts
+from phaul_engine.proc.mountinfo import own_mounts
 
 from phaul.errors import PhaulError, UsageError
 from phaul.events import Finding
 from phaul.haul.places import NOWHERE, Places
 from phaul.journal import Task
 
-from .base import Found, Note, Place, Workload
+from . import commands
+from .base import Found, Note, Place, Workload, refuse
 
 if TYPE_CHECKING:
     from phaul_engine.target import Tracer
@@ -80,20 +79,7 @@ class Runtime:
 
     def run(self, *words: str, places: Places = NOWHERE) -> None:
         """Run a command of it. PhaulError, with what it said, if it fails."""
-        command = places.command(self.program, *words)
-        with tempfile.TemporaryFile() as said:  # no pipe: what it leaves running would hold it open
-            try:
-                subprocess.run(
-                    command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, check=True, timeout=_PATIENCE
-                )
-            except FileNotFoundError as error:
-                raise PhaulError(f"{self.program} is not installed here") from error
-            except subprocess.TimeoutExpired as error:
-                raise PhaulError(f"{' '.join((self.program, *words))} took longer than {_PATIENCE:.0f} s") from error
-            except subprocess.CalledProcessError as error:
-                said.seek(0)
-                text = said.read().decode(errors="replace").strip()[-300:]
-                raise PhaulError(f"{' '.join((self.program, *words))} failed: {text}") from error
+        commands.run((self.program, *words), _PATIENCE, places=places)
 
     def note(self, name: str, pid: int) -> None:
         """Have it know another process as the first one of a container, which runs."""
@@ -108,11 +94,7 @@ class Runtime:
             }
         state[self.pid], state[self.start] = pid, Task.of(pid).start
         directory = self.directory / name
-        draft = directory / f".{self.file}.phaul"
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with open(fd, "w") as file:
-            json.dump(state, file)
-        os.rename(draft, directory / self.file)
+        commands.replace(directory / self.file, json.dumps(state))
         (directory / _WAITING).unlink(missing_ok=True)
 
 
@@ -143,8 +125,7 @@ class Oci(Workload):
 
     def prepare(self, facts: dict[str, Any], note: Note, tracer: Tracer, places: Places = NOWHERE) -> Place:
         runtime, name = _named(facts)
-        for finding in (*_cannot(runtime), *_taken(runtime, name), *_other_bundle(facts, places)):
-            raise PhaulError(finding.text, advice=finding.advice)
+        refuse((*_cannot(runtime), *_taken(runtime, name), *_other_bundle(facts, places)))
         notes = {"runtime": runtime.program, "name": name, "since": time.time()}
         note(notes)
         runtime.run("create", "--bundle", str(facts["bundle"]), name, places=places)
@@ -281,15 +262,7 @@ def _other_bundle(facts: dict[str, Any], places: Places) -> Iterable[Finding]:
 
 
 def _content(bundle: str) -> bytes:
-    path = Path(bundle) / "config.json"
-    try:
-        with open(path, "rb") as file:
-            content = file.read(_CONFIG_MAX + 1)
-    except OSError as error:
-        raise PhaulError(f"{path}: {error.strerror}") from error
-    if len(content) > _CONFIG_MAX:
-        raise PhaulError(f"{path} is larger than {_CONFIG_MAX} bytes")
-    return content
+    return commands.read(Path(bundle) / "config.json", _CONFIG_MAX)
 
 
 def _config(bundle: str, content: bytes) -> dict[str, Any]:
@@ -311,8 +284,7 @@ def _join_old_cgroups(waiting: int, pids: Iterable[int]) -> None:
         os.close(proc)
     if not places:
         return
-    with open("/proc/self/mountinfo", "rb") as file:
-        mounts = [mount for mount in parse_mounts(file.read()) if mount.fstype == "cgroup"]
+    mounts = [mount for mount in own_mounts() if mount.fstype == "cgroup"]
     for place in places:
         wanted = set(place.controllers)
         mount = next((one for one in mounts if wanted <= set(one.super_options)), None)
@@ -328,6 +300,4 @@ def _end(task: Task) -> None:
     with contextlib.suppress(ProcessLookupError):
         if task.alive:
             os.kill(task.pid, signal.SIGKILL)
-    deadline = time.monotonic() + _DYING
-    while task.alive and time.monotonic() < deadline:
-        time.sleep(0.005)
+    commands.wait(lambda: not task.alive, _DYING)

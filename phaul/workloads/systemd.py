@@ -11,14 +11,13 @@ import os
 import re
 import socket
 import struct
-import subprocess
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 from phaul.errors import PhaulError, UsageError
+
+from . import commands
 
 Properties: TypeAlias = dict[str, str]
 
@@ -30,7 +29,6 @@ _DROP_IN = "zzzz-phaul.conf"  # the last one of a unit: what it says holds
 _NOTIFY = "/run/systemd/notify"
 _NAME = re.compile(r"[A-Za-z0-9:_.\\@-]{1,247}\.service")
 _PATIENCE = 30.0  # seconds for a command
-_PAUSE = 0.02
 _SPANS = {
     **{"us": 1, "ms": 1000, "s": 10**6, "min": 60 * 10**6, "h": 3600 * 10**6},
     **{"d": 86400 * 10**6, "day": 86400 * 10**6, "w": 7 * 86400 * 10**6},
@@ -93,9 +91,7 @@ class DropIn:
     def put(self, text: str) -> None:
         """Have it hold."""
         self.path.parent.mkdir(mode=0o755, exist_ok=True)
-        draft = self.path.with_suffix(".new")  # no name of a drop-in
-        draft.write_text(text)
-        draft.rename(self.path)
+        commands.replace(self.path, text, 0o644)
         reload()
 
     def take_away(self) -> None:
@@ -124,16 +120,6 @@ def notify(pid: int, *assignments: str) -> None:
             raise PhaulError(f"systemd cannot be told {assignments[0]}: {_NOTIFY}: {error.strerror}") from error
 
 
-def wait(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether something becomes true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_PAUSE)
-    return True
-
-
 def span(text: str) -> int:
     """Microseconds of a time span as systemctl prints it: `1min 30s`, `500ms`, `infinity` (systemd.time(7))."""
     if text == "infinity":
@@ -143,21 +129,4 @@ def span(text: str) -> int:
 
 
 def _systemctl(*words: str) -> str:
-    command = ["systemctl", *words]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_PATIENCE,
-            env={**os.environ, "LC_ALL": "C", "SYSTEMD_COLORS": "0"},
-        )
-    except FileNotFoundError as error:
-        raise PhaulError("systemd is not installed here") from error
-    except subprocess.TimeoutExpired as error:
-        raise PhaulError(f"{' '.join(command)} took longer than {_PATIENCE:.0f} s") from error
-    if done.returncode:
-        raise PhaulError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()[-300:]}")
-    return done.stdout
+    return commands.run(("systemctl", *words), _PATIENCE, environment={"LC_ALL": "C", "SYSTEMD_COLORS": "0"})

@@ -27,8 +27,8 @@ from phaul.errors import PhaulError, UsageError
 from phaul.events import Finding
 from phaul.haul.places import NOWHERE, Places
 
-from . import systemd, unit_facts
-from .base import Found, Note, Place, Workload
+from . import commands, systemd, unit_facts
+from .base import Found, Note, Place, Workload, refuse
 from .systemd import DropIn, show
 
 if TYPE_CHECKING:
@@ -144,9 +144,7 @@ class Unit(Workload):
 
     def prepare(self, facts: dict[str, Any], note: Note, tracer: Tracer, places: Places = NOWHERE) -> Place:
         unit, sandboxed = _named(facts), bool(facts.get("sandboxed"))
-        for finding in self.examine(facts):
-            if finding.severity == "blocker":
-                raise PhaulError(finding.text, advice=finding.advice)
+        refuse(self.examine(facts))
         token = secrets.token_hex(8)
         stage = {"fifo": str(_RUN / f"unit-{token}.fifo"), "pidfile": str(_RUN / f"unit-{token}.pid")}
         own = show(unit, "PIDFile")["PIDFile"]
@@ -167,7 +165,7 @@ class Unit(Workload):
         if _staged(unit, notes):
             _write_pidfile(Path(notes["pidfile"]), root)
             _say(Path(notes["fifo"]), "run\n")
-            if not systemd.wait(lambda: _is_main(unit, root), _TURN):
+            if not commands.wait(lambda: _is_main(unit, root), _TURN):
                 state = show(unit, "ActiveState", "SubState", "MainPID")
                 words = f"{state['ActiveState']}, {state['SubState']}, main process {state['MainPID']}"
                 raise PhaulError(f"systemd has not taken process {root} for the main one of {unit}: {words}")
@@ -214,7 +212,7 @@ class Unit(Workload):
         unit = _named(facts)
         if DropIn(unit).read() not in ("", _HOLD):
             return
-        if not systemd.wait(lambda: _is_over(unit, facts["pid"]), _TURN):
+        if not commands.wait(lambda: _is_over(unit, facts["pid"]), _TURN):
             state = show(unit, "ActiveState", "SubState")
             words = f"{state['ActiveState']}, {state['SubState']}"
             raise PhaulError(f"{unit} has moved, but is not inactive here: {words}", advice=f"see {DropIn(unit).path}")
@@ -251,7 +249,7 @@ def _await_front_end(unit: str) -> tuple[str, int]:
         state.update(show(unit, *wanted))
         return state["SubState"] == "start" or (state["ActiveState"] in ("inactive", "failed") and not state["Job"])
 
-    if not systemd.wait(settled, _START) or state["SubState"] != "start" or int(state["ControlPID"] or 0) <= 1:
+    if not commands.wait(settled, _START) or state["SubState"] != "start" or int(state["ControlPID"] or 0) <= 1:
         why = f"{state['ActiveState']}, {state['SubState']}, result {state['Result']}"
         if state["ConditionResult"] == "no":
             why = "a condition of the unit does not hold on this host"
@@ -265,7 +263,7 @@ def _await_front_end(unit: str) -> tuple[str, int]:
             f"systemd does not keep {unit} in a cgroup of version 2 ({state['ControlGroup']}, {place})",
             advice="start this host with systemd.unified_cgroup_hierarchy=1",
         )
-    if not systemd.wait(lambda: _executes(pid, "sh"), _TURN):
+    if not commands.wait(lambda: _executes(pid, "sh"), _TURN):
         raise PhaulError(f"{unit} cannot run /bin/sh on this host", advice=f"journalctl -u {unit}")
     return place, pid
 
@@ -296,12 +294,8 @@ def _is_main(unit: str, pid: int) -> bool:
 
 
 def _write_pidfile(path: Path, pid: int) -> None:
-    draft = path.with_name(f".{path.name}.phaul")
     try:
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        with open(fd, "w") as file:
-            file.write(f"{pid}\n")
-        os.rename(draft, path)
+        commands.replace(path, f"{pid}\n", 0o644)
     except OSError as error:
         raise PhaulError(f"cannot write the PID file {path}: {error.strerror}") from error
 

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from phaul_engine.proc.mountinfo import parse_mounts
+from phaul_engine.proc.mountinfo import own_mounts
 
 from phaul.errors import PhaulError
 from phaul.events import Finding
+from phaul.workloads import commands
 
 from . import config
 from .config import Config
@@ -108,8 +109,7 @@ def scripts(private: str, ctid: str) -> Iterator[str]:
 
 def mounted_at(path: str) -> bool:
     """Whether something is mounted there; a directory of the same file system, too (layout 4)."""
-    with open("/proc/self/mountinfo", "rb") as file:
-        return any(str(mount.point) == path for mount in parse_mounts(file.read()))
+    return any(str(mount.point) == path for mount in own_mounts())
 
 
 def taken(area: Area) -> Iterator[Finding]:
@@ -136,16 +136,12 @@ def make(area: Area, text: str, number: int) -> None:
 
 def configure(area: Area, text: str) -> None:
     """Give a private area its configuration."""
-    draft = f"{area.private}/{CONF}.phaul"
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(fd, "w") as file:
-        file.write(text)
-    os.rename(draft, f"{area.private}/{CONF}")
+    commands.replace(Path(area.private, CONF), text)
 
 
 def unmake(area: Area) -> None:
     """Take away what `make` has made; the container's files are whoever's who brought them."""
-    for name in (CONF, f"{CONF}.phaul", LAYOUT, OWNER, ".lck", ".running"):
+    for name in (CONF, commands.draft_of(Path(CONF)), LAYOUT, OWNER, ".lck", ".running"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{area.private}/{name}")
     for name in (SCRIPTS, DUMP):

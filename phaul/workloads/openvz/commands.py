@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 
 from phaul.errors import PhaulError
+from phaul.workloads import commands
 
 PATIENCE = 120.0  # seconds for a command: a file system may have to be mounted
 _WORDS = 300  # characters of what a failed command has said
@@ -35,16 +35,7 @@ class Status:
 
 def run(*words: str) -> str:
     """What a command says. PhaulError, with that, if it fails."""
-    try:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
-    except FileNotFoundError as error:
-        raise PhaulError(f"{words[0]} is not installed") from error
-    except subprocess.TimeoutExpired as error:
-        raise PhaulError(f"{' '.join(words)} took longer than {PATIENCE:.0f} s") from error
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip()[-_WORDS:]
-        raise PhaulError(f"{' '.join(words)} failed ({done.returncode}): {said}")
-    return done.stdout
+    return commands.run(words, PATIENCE)
 
 
 def installed() -> bool:

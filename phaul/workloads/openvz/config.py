@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phaul.errors import PhaulError
+from phaul.workloads import commands
 
 LARGEST = 1 << 18  # bytes of a file
 _LINE = re.compile(r"([A-Z][A-Z0-9_]{0,63})=(.*)")
@@ -58,14 +59,7 @@ def parse(text: str) -> Config:
 
 def read(path: Path) -> Config:
     """The parameters of a file; PhaulError if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(LARGEST + 1)
-    except OSError as error:
-        raise PhaulError(f"{path}: {error.strerror}") from error
-    if len(content) > LARGEST:
-        raise PhaulError(f"{path} is larger than {LARGEST} bytes")
-    return parse(content.decode(errors="replace"))
+    return parse(commands.read(path, LARGEST).decode(errors="replace"))
 
 
 def text(config: Mapping[str, str]) -> str:

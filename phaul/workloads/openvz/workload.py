@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +13,8 @@ from phaul.errors import PhaulError, UsageError
 from phaul.events import Finding
 from phaul.haul.places import NOWHERE, Places
 from phaul.journal import Task
-from phaul.workloads.base import Found, Note, Place, Workload
+from phaul.workloads.base import Found, Note, Place, Workload, refuse
+from phaul.workloads.commands import wait
 
 from . import area, commands, config, disks, identity
 from .area import Area
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from phaul_engine.target import Tracer
 
 _ENDING = 5.0  # seconds for vzctl to notice that a container has ended
-_PAUSE = 0.05
 _LATER = ("NETIF", "ONBOOT")
 _DIRECTORY, _IMAGES = 4, 5  # layouts
 
@@ -83,9 +82,7 @@ class OpenVz(Workload):
     def prepare(self, facts: dict[str, Any], note: Note, tracer: Tracer, places: Places = NOWHERE) -> Place:
         from phaul_engine import catching
 
-        for finding in self.examine(facts):
-            if finding.severity == "blocker":
-                raise PhaulError(finding.text, advice=finding.advice)
+        refuse(self.examine(facts))
         place = _placed(facts)
         if not os.path.isdir(places.now(place.fs)):
             raise PhaulError(f"the container's files are not here ({place.fs})")
@@ -243,9 +240,7 @@ def _end(place: Area, pid: int) -> bool:
         return True
     if os.path.realpath(conf) != os.path.realpath(f"{place.private}/{area.CONF}"):
         return False
-    deadline = time.monotonic() + _ENDING
-    while commands.status(place.ctid).running and time.monotonic() < deadline:
-        time.sleep(_PAUSE)
+    wait(lambda: not commands.status(place.ctid).running, _ENDING)
     status = commands.status(place.ctid)
     if status.running:
         if pid and area.first_process(place.ctid) != pid:
