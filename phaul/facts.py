@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import ipaddress
 import os
-import secrets
 import socket
 import stat
 import time
@@ -44,6 +43,7 @@ from phaul.preflight import (
     Questions,
     WrittenFile,
 )
+from phaul.tokens import Token, sees, token
 
 # What /proc/cpuinfo calls features that a program may have found by CPUID and now uses. Its absence at the destination
 # is SIGILL at some later time, or an XSAVE area that cannot be loaded.
@@ -355,34 +355,17 @@ def _endpoint(entry: sock_diag.InetSocket) -> Endpoint:
 
 @contextlib.contextmanager
 def tokens(questions: Questions) -> Iterator[Questions]:
-    """The questions with a token beside each file that is written, for as long as the destination is asked.
-
-    Both hosts see the same storage if what one writes the other reads: nothing else proves it.
-    """
-    made: dict[str, tuple[str, str]] = {}  # token and secret, by directory
+    """The questions with a token beside each file that is written, for as long as the destination is asked."""
+    made: dict[str, Token | None] = {}  # by directory
     written: list[WrittenFile] = []
-    try:
+    with contextlib.ExitStack() as stack:
         for file in questions.written:
             directory = os.path.dirname(file.path)
             if directory not in made:
-                token, secret = f"{directory}/.phaul-{secrets.token_hex(8)}", secrets.token_hex(16)
-                try:
-                    fd = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-                except OSError:
-                    written.append(file)  # without a token it counts as not shared
-                    continue
-                made[directory] = token, secret
-                with os.fdopen(fd, "w") as out:
-                    out.write(secret)
-                    out.flush()
-                    os.fsync(fd)
-            token, secret = made[directory]
-            written.append(replace(file, token=token, secret=secret))
+                made[directory] = stack.enter_context(token(directory))
+            known = made[directory]
+            written.append(file if known is None else replace(file, token=known.path, secret=known.secret))
         yield replace(questions, written=tuple(written))
-    finally:
-        for token, _ in made.values():
-            with contextlib.suppress(OSError):
-                os.unlink(token)
 
 
 def answer(questions: Questions) -> Answers:
@@ -413,8 +396,8 @@ def _arriving(pid: int) -> str:
     """Whose a process is that a migration is making here: its cgroup bears the migration's name."""
     with contextlib.suppress(EngineError):
         name = cgroup.path_of(pid).rpartition("/")[2]
-        if name.startswith("phaul-"):
-            return f", which migration {name.removeprefix('phaul-')} is making there"
+        if name.startswith(cgroup.PREFIX):
+            return f", which migration {name.removeprefix(cgroup.PREFIX)} is making there"
     return ""
 
 
@@ -431,10 +414,8 @@ def _is_free(path: str) -> bool:
 
 
 def _sees(file: WrittenFile) -> bool:
-    if not file.token or os.path.dirname(file.token) != os.path.dirname(file.path):
-        return False
     try:
-        return Path(file.token).read_text() == file.secret and os.stat(file.path).st_ino == file.inode
+        return sees(file.token, file.secret, os.path.dirname(file.path)) and os.stat(file.path).st_ino == file.inode
     except OSError:
         return False
 

@@ -1,13 +1,9 @@
-"""What is asked about the directories of a workload before anything is touched.
-
-The destination sees the same storage if it reads there what the source has written there; nothing else proves it.
-"""
+"""What is asked about the directories of a workload before anything is touched."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
@@ -15,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from phaul_engine.proc.mountinfo import parse_mounts
+from phaul_engine.proc.mountinfo import own_mounts
 
+from phaul import tokens
 from phaul.events import Finding
 
 from . import beside, index, rsync
@@ -61,42 +58,32 @@ def describe(path: str, *, counted: bool) -> Tree:
 
 
 def _mounted_inside(path: str) -> str:
-    with open("/proc/self/mountinfo", "rb") as file:
-        mounts = [str(mount.point) for mount in parse_mounts(file.read())]
-    return next((point for point in mounts if point.startswith(f"{path}/")), "")
+    return next((str(mount.point) for mount in own_mounts() if mount.point.startswith(f"{path}/")), "")
 
 
 @contextlib.contextmanager
 def with_tokens(trees: Iterable[Tree]) -> Iterator[tuple[Tree, ...]]:
     """The trees with a token in each, for as long as the destination is asked."""
     with contextlib.ExitStack() as stack:
-        yield tuple(_with_token(tree, stack) for tree in trees)
+        yield tuple(stack.enter_context(_with_token(tree)) for tree in trees)
 
 
-def _with_token(tree: Tree, stack: contextlib.ExitStack) -> Tree:
-    token, secret = f"{tree.path}/.phaul-{secrets.token_hex(8)}", secrets.token_hex(16)
-    before = os.stat(tree.path)
+@contextlib.contextmanager
+def _with_token(tree: Tree) -> Iterator[Tree]:
+    """The directory's times are afterwards what they were."""
+    before, made = os.stat(tree.path), None
     try:
-        fd = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError:
-        return tree  # without a token it counts as not shared
-
-    def remove() -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(token)
-            os.utime(tree.path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-    stack.callback(remove)
-    with os.fdopen(fd, "w") as out:
-        out.write(secret)
-        out.flush()
-        os.fsync(fd)
-    return replace(tree, token=token, secret=secret)
+        with tokens.token(tree.path) as made:
+            yield tree if made is None else replace(tree, token=made.path, secret=made.secret)
+    finally:
+        if made is not None:
+            with contextlib.suppress(OSError):
+                os.utime(tree.path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def answer(tree: Tree) -> TreeAnswer:
     """The destination's part: look, and touch nothing."""
-    if _sees(tree):
+    if tokens.sees(tree.token, tree.secret, tree.path):
         return TreeAnswer("shared")
     path = Path(tree.path)
     if os.path.lexists(path) and (not path.is_dir() or path.is_symlink() or any(path.iterdir())):
@@ -108,15 +95,6 @@ def answer(tree: Tree) -> TreeAnswer:
     if status.st_uid != 0 or (status.st_mode & _OTHERS and not status.st_mode & stat.S_ISVTX):
         return TreeAnswer("taken", f"{above} there can be changed by others than root")
     return TreeAnswer("free", free=shutil.disk_usage(above).free, rsync=rsync.here())
-
-
-def _sees(tree: Tree) -> bool:
-    if not tree.token or os.path.dirname(tree.token) != tree.path:
-        return False
-    try:
-        return Path(tree.token).read_text() == tree.secret
-    except OSError:
-        return False
 
 
 def hauled(trees: Iterable[Tree], answers: dict[str, TreeAnswer]) -> tuple[str, ...]:

@@ -47,6 +47,12 @@ def read_mounts(proc: int) -> tuple[Mount, ...]:
     return parse_mounts(read_bytes(proc, "mountinfo"))
 
 
+def own_mounts() -> tuple[Mount, ...]:
+    """The mounts that this process sees."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        return parse_mounts(file.read())
+
+
 def parse_mounts(text: bytes) -> tuple[Mount, ...]:
     """Parse a mountinfo text."""
     return tuple(_parse_line(line) for line in text.split(b"\n") if line)

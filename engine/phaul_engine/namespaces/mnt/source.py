@@ -18,7 +18,7 @@ from phaul_engine.namespaces.inside import Worker
 from phaul_engine.objects import mounted, places
 from phaul_engine.objects.base import Collection, Owner
 from phaul_engine.proc import access
-from phaul_engine.proc.mountinfo import Mount, parse_mounts
+from phaul_engine.proc.mountinfo import Mount, own_mounts, parse_mounts
 
 from . import api, archive, externals, filesystems, peel
 from .filesystems import Way
@@ -97,9 +97,7 @@ def collect(view: NamespaceView, collection: Collection) -> None:
     memory: dict[str, Any] = collection.memory.setdefault(_MEMORY, {"seen": {}, "kept": {}})
     now = collection.scratch.get(_MEMORY)
     if now is None:
-        now = collection.scratch[_MEMORY] = Pass(
-            Host(parse_mounts(_own_mounts()), collection.options.get(externals.TREES, ()))
-        )
+        now = collection.scratch[_MEMORY] = Pass(Host(own_mounts(), collection.options.get(externals.TREES, ())))
     with ExitStack() as stack:
         reader = _Reader(view, stack)
         text = reader.mounts()
@@ -121,11 +119,6 @@ def close(memory: dict[str, Any]) -> None:
     """Close what was kept open between passes, with the memory of them."""
     for seen in memory.pop(_MEMORY, {}).get("seen", {}).values():
         seen.close()
-
-
-def _own_mounts() -> bytes:
-    with open("/proc/self/mountinfo", "rb") as file:
-        return file.read()
 
 
 class _Reader:
