@@ -28,7 +28,18 @@ from phaul_engine.images.pb import fdinfo_pb2, sk_opts_pb2, sk_unix_pb2
 from phaul_engine.proc.sock_diag import DiagSocket, UnixSocket
 from phaul_engine.program import Program
 
-from . import inet, journal_stream, mounted, pipe, socket_options, socket_queue, staged, unix_credentials, unix_names
+from . import (
+    inet,
+    journal_stream,
+    mounted,
+    pipe,
+    socket_options,
+    socket_queue,
+    staged,
+    unix_credentials,
+    unix_names,
+    unix_outsiders,
+)
 from .base import Collection, Descriptor, DescriptorKind, Owner, Restoration, SkeletonTask, descriptor_kind
 from .description import settle_status, signal_owner, status_flags
 from .tcp_stream import State
@@ -129,7 +140,7 @@ class Unix(DescriptorKind):
             elif diag.peer and journal_stream.collect(diag.peer, usk, collection):
                 continue
             elif diag.peer and not pipe.waits(collection):
-                _block_outsider(descriptor, usk, diag.peer, collection)
+                unix_outsiders.collect(descriptor, usk, diag.peer, collection)
             elif diag.state == State.ESTABLISHED and usk.type != socket.SOCK_DGRAM and not _waits_or_over(usk, notes):
                 why = "it waits to be accepted by a program that does not move"
                 collection.block(descriptor, "a connected unix socket", why)
@@ -348,38 +359,6 @@ def _plain(usk: sk_unix_pb2.unix_sk_entry) -> bytes:
 
 def _spell(name: bytes) -> str:
     return "@" + name[1:].decode(errors="replace") if name[:1] == b"\0" else os.fsdecode(name.rstrip(b"\0"))
-
-
-def _block_outsider(descriptor: Descriptor, usk: sk_unix_pb2.unix_sk_entry, peer: int, collection: Collection) -> None:
-    """The other end does not move. A datagram socket finds its way back by the name of it; others cannot."""
-    if usk.type == socket.SOCK_DGRAM:
-        with inet.borrowed(descriptor.own, (socket.AF_UNIX, usk.type, 0)) as sock:
-            name = sock.getpeername()
-        usk.phaul_peer_name = name if isinstance(name, bytes) else os.fsencode(name)
-        if usk.phaul_peer_name:
-            return
-    collection.block(
-        descriptor,
-        "a connected unix socket",
-        f"its other end is {_holder(peer)}, which does not move",
-        "let both move, or close the connection",
-    )
-
-
-def _holder(inode: int) -> str:
-    """The process that has a socket, found the slow way: it is only for a message."""
-    wanted = f"socket:[{inode}]"
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            for fd in os.listdir(f"/proc/{name}/fd"):
-                if os.readlink(f"/proc/{name}/fd/{fd}") == wanted:
-                    with open(f"/proc/{name}/comm") as comm:
-                        return f"fd {fd} of pid {name} ({comm.read().strip()})"
-        except OSError:
-            continue
-    return "with a program that cannot be found"
 
 
 def _relation(usk: sk_unix_pb2.unix_sk_entry) -> tuple[object, ...]:
