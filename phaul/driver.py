@@ -101,15 +101,18 @@ class Party(Protocol):
         ...
 
 
-async def blocking(act: Callable[[], T]) -> T:
-    """Run something in a thread. When cancelled, it is waited for: nothing that comes after runs beside it."""
+async def blocking(act: Callable[[], T], stop: Callable[[], object] = lambda: None) -> T:
+    """Run something in a thread. When cancelled, `stop` has it end soon, and it is waited for: nothing that comes after
+    runs beside it."""
     future = asyncio.get_running_loop().run_in_executor(None, act)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
+        stop()
         while not future.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait({future})
+        future.exception()  # it is no news that it was called off
         raise
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from phaul_engine import lock_move, silence
-from phaul_engine.cgroup import Hierarchy, Hold, HoldGoneError, path_of
+from phaul_engine.cgroup import Hierarchy, Hold, HoldGoneError, path_of, path_of_hold
 from phaul_engine.errors import EngineError
 from phaul_engine.namespaces.net import plug
 from phaul_engine.network import undo as network
@@ -456,7 +456,7 @@ def kill_unknown(name: str) -> None:
     copy. A copy that is frozen never ran, and now nobody may let it; one that runs is left alone."""
     with Hierarchy.find() as hierarchy:
         try:
-            hold = Hold.open(hierarchy, f"{path_of(os.getpid()).rstrip('/')}/phaul-{name}")
+            hold = Hold.open(hierarchy, path_of_hold(path_of(os.getpid()), name))
         except HoldGoneError:
             return
         try:

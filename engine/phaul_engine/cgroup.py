@@ -158,6 +158,11 @@ def path_of(pid: int) -> str:
     raise NoHierarchyError(f"pid {pid} is in no cgroup v2: this kernel has none", advice=_NO_HIERARCHY_ADVICE)
 
 
+def path_of_hold(parent: str, migration: str) -> str:
+    """The cgroup that holds a migration's tree, in that which it lives in."""
+    return f"{parent.rstrip('/')}/{PREFIX}{migration}"
+
+
 def examine(pids: Iterable[int]) -> list[Blocker]:
     """What forbids to hold these processes, before anything is touched."""
     try:

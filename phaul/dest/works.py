@@ -270,7 +270,6 @@ class DestinationWorks:
         """The row, and a place for directories that come along."""
         self._arbiter = self._find_register() if self._settings.get("arbiter") else None
         parent = cgroup.path_of(os.getpid())
-        name = f"phaul-{self.migration}"
         moved = [str(text) for text in self._settings.get("moved", ())]
         hauled = tuple(str(path) for path in self._settings.get("hauled", ()))
         if hauled:
@@ -283,7 +282,7 @@ class DestinationWorks:
             owner=Task.of(os.getpid()),
             program=str(self._settings.get("program", "")),
             peer=str(self._settings.get("host", "")),
-            cgroup=f"{parent.rstrip('/')}/{name}",
+            cgroup=cgroup.path_of_hold(parent, self.migration),
             addresses=tuple(moved),
             link=self.link,
             caller=self._gate.who,
@@ -331,11 +330,11 @@ class DestinationWorks:
             raise EngineError("the source sent no images before PREPARE")
         self._accepted(self._survey)
         hierarchy = self._cleanup.enter_context(cgroup.Hierarchy.find())
-        name, moved = f"phaul-{self.migration}", [str(text) for text in self._settings.get("moved", ())]
+        moved = [str(text) for text in self._settings.get("moved", ())]
         place = self._make_ready()
         parent = place.cgroup or cgroup.path_of(os.getpid())
         spread = control_groups.home_of_spread(self._survey) is not None
-        where = parent if spread else f"{parent.rstrip('/')}/{name}"
+        where = parent if spread else cgroup.path_of_hold(parent, self.migration)
         self.journal.note(cgroup=where)
         self._cgroup = cgroup.Hold.begin(hierarchy, where)
         self._prepare_network(moved)

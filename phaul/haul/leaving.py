@@ -115,18 +115,13 @@ class Leaving:
         """What was touched since the last round; returns when it is applied there."""
         self._pass(lambda index, outbox: index.changes(outbox, last=False))
 
-    def last(self, pids: Iterable[int]) -> None:
-        """In the freeze: all that is left. Tasks `pids` do not run. Nobody waits for it: what follows it does."""
-        written = mapped(pids)
-        for index in self._indexes:
-            index.look()
-            for inode in written:
-                for path in index.names_of(inode):
-                    index.touch(path)
+    def last(self) -> None:
+        """In the freeze, when `predict` has been asked in it: all that is left. Nobody waits for it: what follows it
+        does."""
         self._pass(lambda index, outbox: index.changes(outbox, last=True), wait=False)
 
     def predict(self, pids: Iterable[int]) -> float:
-        """Seconds that the last round would take now."""
+        """Seconds that the last round would take now, if tasks `pids` did not run any more."""
         work = 0.0
         written = mapped(pids)
         for index in self._indexes:

@@ -78,11 +78,11 @@ class Hauling:
         turn."""
         if self._leaving is None:
             return
-        leaving, pids = self._leaving, list(pids)
+        leaving = self._leaving
         if leaving.predict(pids) < _BRIEF:
-            leaving.last(pids)
+            leaving.last()
         else:
-            await blocking(lambda: leaving.last(pids))
+            await blocking(leaving.last)
 
     def left_entries(self, pids: Iterable[int]) -> list[dict[str, Any]]:
         """For the journal: what is to be done with the directories when the tree is dead here."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from phaul_engine import cgroup, clocks, lock_move, silence, sleep_log
 from phaul_engine.departure import Departure
@@ -61,9 +61,6 @@ _FIXED_GUESS = 0.005  # seconds, until this run has measured something
 _PAGE = 4096
 _AHEAD = 30.0  # seconds that the round before the stop may take
 _FORWARD = 0.05  # seconds that packets for the moved program are still passed on
-
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -243,11 +240,11 @@ class SourceWorks:
         home = control_groups.home_of_spread(self.survey.checkpoint)
         if home is not None:
             return home
-        return f"{cgroup.path_of(self._orders.root).rstrip('/')}/{cgroup.PREFIX}{self.migration}"
+        return cgroup.path_of_hold(cgroup.path_of(self._orders.root), self.migration)
 
     async def send_trees(self) -> None:
         """Directories that go along, while the destination waits; then the images: what they tell of is there."""
-        await self._until_stopped(self._send_trees)
+        await blocking(self._send_trees, self._stop)
 
     def _send_trees(self) -> None:
         self.haul.first()
@@ -301,19 +298,12 @@ class SourceWorks:
     async def _copy_until_stopped(self) -> Verdict:
         """A round, in a thread."""
         self._stopped = False
-        return await self._until_stopped(self._copy)
+        return await blocking(self._copy, self._stop)
 
-    async def _until_stopped(self, act: Callable[[], T]) -> T:
-        """Do something in a thread. Cancelled, it stops soon, and nothing that comes after runs beside it."""
-        acting = asyncio.ensure_future(asyncio.to_thread(act))
-        try:
-            return await asyncio.shield(acting)
-        except asyncio.CancelledError:
-            self._stopped = True
-            self.haul.stop()
-            await asyncio.wait({acting})
-            acting.exception()  # it is no news that it was stopped
-            raise
+    def _stop(self) -> None:
+        """Whoever sends a round, or files, comes out of it soon."""
+        self._stopped = True
+        self.haul.stop()
 
     def _begin_round(self) -> int:
         """Announce a round; its number on the wire, where those that a freeze has sent count too."""

@@ -115,7 +115,7 @@ def test_everything_that_a_file_can_have(tmp_path: Path, make: Callable[..., Pai
     os.removexattr(here / "other" / "file", "user.colour")
     pair.leaving.round()
     assert (pair.staged / "some").exists()  # what was opened by that name still can be
-    pair.leaving.last([])
+    pair.leaving.last()
     pair.applied()
     assert describe(pair.staged) == describe(here)
 
@@ -135,7 +135,7 @@ def test_a_program_works_in_it_all_the_time(tmp_path: Path, make: Callable[..., 
             os.kill(process.pid, signal.SIGSTOP)
             wait_until(lambda: _stopped(process.pid), "it stands")
             assert pair.leaving.predict([process.pid]) < 30
-            pair.leaving.last([process.pid])
+            pair.leaving.last()
             pair.applied()
             assert describe(pair.staged) == describe(here)
         finally:
@@ -164,7 +164,7 @@ def test_a_round_is_as_large_as_what_changed(tmp_path: Path, make: Callable[...,
     os.rename(here / "18", here / "renamed")
     pair.leaving.round()
     assert sum(pair.passed) < 2 * content.BLOCK
-    pair.leaving.last([])
+    pair.leaving.last()
     pair.applied()
     assert describe(pair.staged) == describe(here)
 
@@ -185,7 +185,7 @@ def test_more_happens_than_the_kernel_remembers(
     (here / "directory" / "made").mkdir()
     (here / "directory" / "kept").write_text("KEPT")
     pair.leaving.round()
-    pair.leaving.last([])
+    pair.leaving.last()
     pair.applied()
     assert describe(pair.staged) == describe(here)
 

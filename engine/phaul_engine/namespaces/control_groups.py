@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from phaul_engine.cgroup import Hierarchy
+from phaul_engine.cgroup import PREFIX, Hierarchy
 from phaul_engine.errors import RebuildError
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.pb import cgroup_pb2
@@ -26,7 +26,6 @@ from phaul_engine.syscalls import NR
 from . import cgroup_tree
 from .base import NamespaceKind, NamespaceView, NewNamespace, namespace_kind
 
-_OURS = "phaul-"  # the names of cgroups that hold a tree that moves (`cgroup.Hold`)
 _NAME = "cgroups"
 
 
@@ -62,13 +61,13 @@ class ControlGroups(NamespaceKind):
         inner = _seen_from_inside(view)
         _judge(view, inner, collection)
         paths = {pid: next((one.path for one in found if one.unified), "/") for pid, found in inner.items()}
-        own = {pid: "" if path.startswith(f"/{_OURS}") else path.strip("/") for pid, path in paths.items()}
+        own = {pid: "" if path.startswith(f"/{PREFIX}") else path.strip("/") for pid, path in paths.items()}
         if not view.of_root:
             return
         outer = unified_path(view.owner.proc) or "/"
         home = outer.removesuffix(paths[view.owner.inner_pid]) or "/"
         with Hierarchy.find() as hierarchy:
-            below = cgroup_tree.names(hierarchy, home, _OURS)
+            below = cgroup_tree.names(hierarchy, home, PREFIX)
             if not below:
                 return
             known: _Described | None = collection.memory.get(_NAME)
@@ -81,7 +80,7 @@ class ControlGroups(NamespaceKind):
     def rebuild(self, place: NewNamespace, restoration: Restoration) -> None:
         home = unified_path(place.task.proc) or "/"
         above, _, name = home.rpartition("/")
-        ours = name.startswith(_OURS)
+        ours = name.startswith(PREFIX)
         program = Program()
         program.order(NR.unshare, self.flag, label="make a cgroup namespace")
         assert restoration.inside is not None
@@ -106,7 +105,7 @@ class ControlGroups(NamespaceKind):
         if made.places.get(task.inner_pid) == wanted:
             return
         there = (unified_path(task.proc) or "/").removeprefix(made.home).strip("/")
-        held = there.startswith(_OURS)  # what holds the tree stands for its root
+        held = there.startswith(PREFIX)  # what holds the tree stands for its root
         if held and wanted:
             raise RebuildError(f"process {task.inner_pid} has gone to another cgroup, {wanted}, since it was looked at")
         if there != wanted and not held:  # else it was born where it belongs
@@ -174,7 +173,7 @@ def _judge(view: NamespaceView, inner: dict[int, tuple[CgroupMembership, ...]], 
             if one.path.startswith("/..") or (not view.of_root and one.path != "/"):
                 why = "only cgroups below the root of the tree's own cgroup namespace are made again"
                 collection.block(owner, f"in cgroup {one.path} of its cgroup namespace", why, "move it to the root")
-            elif not one.unified and one.path != "/" and not one.path.startswith(f"/{_OURS}"):
+            elif not one.unified and one.path != "/" and not one.path.startswith(f"/{PREFIX}"):
                 why = "cgroups of version 1 are not made again"
                 collection.block(
                     owner, f"in cgroup {one.path} of {','.join(one.controllers)}", why, "move it to the root"
