@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phaul_engine import cgroup, sleep_log
-from phaul_engine.errors import BlockedError, Blocker, EngineError, GoneError
+from phaul_engine.errors import BlockedError, Blocker, EngineError, GoneError, TargetError
 from phaul_engine.features import missing as missing_features
 from phaul_engine.features import needed as needed_features
 from phaul_engine.footprint import Footprint, footprint
@@ -44,6 +44,12 @@ from phaul.preflight import (
     WrittenFile,
 )
 from phaul.tokens import Token, sees, token
+from phaul.urgency import Urgency
+
+if TYPE_CHECKING:
+    from phaul_engine.collect import Collector
+    from phaul_engine.objects.base import Collection
+    from phaul_engine.target import Tracer
 
 # What /proc/cpuinfo calls features that a program may have found by CPUID and now uses. Its absence at the destination
 # is SIGILL at some later time, or an XSAVE area that cannot be loaded.
@@ -218,17 +224,41 @@ def survey(pid: int, options: dict[str, Any]) -> tuple[list[Finding], dict[str, 
     """What of the program's state cannot be carried, by the engine, the features of the kernel that it uses, and what
     it would have at a destination. Stops the program for some milliseconds."""
     from phaul_engine.collect import Collector
-    from phaul_engine.target import Tracer, stop_tree
+    from phaul_engine.target import Tracer
 
     sleep_log.log.remember(SLEEPS)  # the agent that moves it has to know what is learnt here
     with Tracer() as tracer, Collector({**options, carried_file.OPTION: True}) as collector:
-        with stop_tree(tracer, pid, timeout_ms=_SURVEY_TIMEOUT) as stopped:
-            try:
-                collection = collector.collect(stopped, survey=True)
-            except BlockedError as error:  # nothing more can be learnt about such a program
-                return [_state(one) for one in error.blockers], {}, None
+        try:
+            collection = _look(tracer, collector, pid)
+        except BlockedError as error:  # nothing more can be learnt about such a program
+            return [_state(one) for one in error.blockers], {}, None
     found = [_state(one) for one in collection.blockers]
     return found, needed_features(collection.checkpoint, options), footprint(collection.checkpoint)
+
+
+def _look(tracer: Tracer, collector: Collector, pid: int) -> Collection:
+    """A survey in which the program runs again as soon as nothing is asked inside of it; or, where it has changed too
+    much meanwhile, one in which it stands until the end."""
+    from phaul_engine.target import stop_tree
+
+    urgency = Urgency()
+    collector.prepare(pid)
+    urgency.begin()
+    try:
+        with contextlib.suppress(TargetError, OSError), access.looking():
+            with stop_tree(tracer, pid, timeout_ms=_SURVEY_TIMEOUT) as stopped:
+
+                def let_go() -> None:
+                    stopped.let_go()
+                    urgency.end()
+
+                collection = collector.collect(stopped, survey=True, hold=let_go)
+            if not collection.blockers:
+                return collection
+    finally:
+        urgency.end()
+    with access.looking(), stop_tree(tracer, pid, timeout_ms=_SURVEY_TIMEOUT) as stopped:
+        return collector.collect(stopped, survey=True)
 
 
 def _state(blocker: Blocker) -> Finding:

@@ -285,6 +285,7 @@ class Skeleton:
                 with contextlib.suppress(EngineError):
                     reap(self.tracer, self.tids())
             self.shared.discard()
+        self.restoration.later.close()
         carried_file.forget(self.restoration)
         for fd in self.restoration.made.values():
             os.close(fd)

@@ -129,9 +129,11 @@ def _exchange(
 
     thread = threading.Thread(target=back, name="phaul-rsync")
     thread.start()
+    poll = select.poll()  # select(2) takes no high numbers
+    poll.register(stream, select.POLLIN)
     try:
         while True:
-            ready, _, _ = select.select([stream], [], [], _LOOK)
+            ready = poll.poll(_LOOK * 1000)
             body = stream.recv(_READ) if ready else b""
             if body:
                 letter(wire.letter(Tag.STREAM, body))

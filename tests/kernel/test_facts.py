@@ -10,8 +10,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from phaul_engine.collect import Collector
 
 from phaul import facts
 from phaul.errors import UsageError
@@ -75,6 +77,24 @@ time.sleep(100)
         program.communicate()
     assert found.memory >= 4 * 32 << 20
     assert 3 * 32 << 20 <= found.copies < found.memory
+
+
+def test_a_program_runs_again_before_its_files_are_looked_at(
+    program: tuple[subprocess.Popen[str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, _ = program
+    states = []
+    look = Collector._look_outside
+
+    def seen(self: Collector, *rest: Any) -> None:
+        states.append(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0])
+        look(self, *rest)
+
+    monkeypatch.setattr(Collector, "_look_outside", seen)
+    (blocker,) = facts.survey(process.pid, {})[0]  # it writes to us
+    assert "pipe" in blocker.text
+    assert states[0] in ("S", "R"), "it runs"
+    assert states[1:] == ["t"], "what is in the way is looked at again while it stands"
 
 
 def test_a_program_is_described_and_goes_on(program: tuple[subprocess.Popen[str], int], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -159,6 +160,7 @@ class Restoration:
     generations: dict[int, int] = field(default_factory=dict)
     begun: set[int] = field(default_factory=set)  # descriptions that are being made
     cache: dict[str, Any] = field(default_factory=dict)  # what was read from the images, until they are replaced
+    later: ExitStack = field(default_factory=ExitStack)  # closed when the tree runs: closing may take milliseconds
 
     @functools.cached_property
     def ids(self) -> UserIds:

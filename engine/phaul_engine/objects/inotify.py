@@ -11,6 +11,7 @@ import fcntl
 import os
 import struct
 import termios
+from collections.abc import Iterable
 from typing import ClassVar
 
 from phaul_engine import calls
@@ -53,8 +54,10 @@ class Inotify(DescriptorKind):
                 "try again when it has read them",
                 passing=True,
             )
-        for watch in sorted(descriptor.info.inotify, key=lambda watch: watch.wd):
-            entry.wd.append(_watch(watch, file_id, descriptor, collection))
+        watches = sorted(descriptor.info.inotify, key=lambda watch: watch.wd)
+        mounts = mountinfo.read_mounts(descriptor.owner.proc) if watches else ()
+        for watch in watches:
+            entry.wd.append(_watch(watch, file_id, descriptor, mounts, collection))
         return fdinfo_pb2.file_entry(type=fdinfo_pb2.INOTIFY, id=file_id, ify=entry)
 
     def rebuild(self, entry: fdinfo_pb2.file_entry, restoration: Restoration) -> int:
@@ -79,7 +82,11 @@ class Inotify(DescriptorKind):
 
 
 def _watch(
-    watch: InotifyWatch, file_id: int, descriptor: Descriptor, collection: Collection
+    watch: InotifyWatch,
+    file_id: int,
+    descriptor: Descriptor,
+    mounts: Iterable[mountinfo.Mount],
+    collection: Collection,
 ) -> fsnotify_pb2.inotify_wd_entry:
     entry = fsnotify_pb2.inotify_wd_entry(
         id=file_id, i_ino=watch.ino, mask=watch.mask, ignored_mask=0, s_dev=watch.sdev & 0xFFFFFFFF, wd=watch.wd
@@ -90,7 +97,7 @@ def _watch(
     padded = handle.ljust(-(-len(handle) // 8) * 8, b"\0")
     words = list(struct.unpack(f"<{len(padded) // 8}Q", padded))
     entry.f_handle.handle.extend(words + [0] * (_HANDLE_WORDS - len(words)))
-    path = _path(watch, descriptor.owner)
+    path = _path(watch, descriptor.owner, mounts)
     if path is None:
         collection.block(
             descriptor,
@@ -103,7 +110,7 @@ def _watch(
     return entry
 
 
-def _path(watch: InotifyWatch, owner: Owner) -> str | None:
+def _path(watch: InotifyWatch, owner: Owner, mounts: Iterable[mountinfo.Mount]) -> str | None:
     """The path of a watched inode: opened by its handle, on a mount of its file system that shows it."""
     if watch.handle is None:
         return None
@@ -112,7 +119,7 @@ def _path(watch: InotifyWatch, owner: Owner) -> str | None:
     if root is None:
         return None
     try:
-        for mount in mountinfo.read_mounts(owner.proc):
+        for mount in mounts:
             if mount.dev != dev:
                 continue
             path = _through(root, mount.point, watch)

@@ -51,7 +51,7 @@ class Netlink(DescriptorKind):
             socket_options.encode(options, message.opts)
             words = sock.getsockopt(SOL_NETLINK, _LIST_MEMBERSHIPS, 128)
             message.groups.extend(struct.unpack(f"{len(words) // 4}I", words))
-            if not collection.survey and select.select([sock], [], [], 0)[0]:
+            if not collection.survey and _waiting(sock):
                 why = "messages wait unread in it, which are about this host"
                 collection.block(
                     descriptor, "a netlink socket", why, "try again when they have been read", passing=True
@@ -92,3 +92,10 @@ class Netlink(DescriptorKind):
         settle_status(fd, message.flags, message.fown, restoration)
         with inet.borrowed(fd, (socket.AF_NETLINK, socket.SOCK_RAW, message.protocol)) as sock:
             socket_options.write(sock, socket_options.decode(message.opts))
+
+
+def _waiting(sock: socket.socket) -> bool:
+    """Whether there is something to read. Not by select(2): a big tree's descriptors have high numbers here."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))

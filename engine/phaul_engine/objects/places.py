@@ -7,6 +7,7 @@ Both belong to the thread that calls, so a thread of its own goes there, acts, a
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -19,6 +20,7 @@ _CLONE_FS = 0x200
 _CLONE_NEWNS = 0x20000
 _CLONE_NEWNET = 0x40000000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
+_NS_GET_USERNS = 0xB701
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -27,6 +29,12 @@ def same_namespace(fd: int, name: str) -> bool:
     """Whether `fd` is the calling thread's own namespace `name` ("net", "mnt")."""
     theirs, ours = os.fstat(fd), os.stat(f"/proc/thread-self/ns/{name}")
     return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def owner_of(fd: int) -> int:
+    """A descriptor of the user namespace that a namespace belongs to (ioctl_ns(2)), to be closed. OSError EPERM if that
+    is outside of ours."""
+    return fcntl.ioctl(fd, _NS_GET_USERNS)
 
 
 def in_network(net: int | None, act: Callable[[], Result]) -> Result:

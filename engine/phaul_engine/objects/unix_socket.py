@@ -264,8 +264,13 @@ class Unix(DescriptorKind):
 
     def release(self, restoration: Restoration) -> None:
         made = _made(restoration)
-        while made.staged:
-            restoration.filing(made.staged.pop().publish)
+
+        def publish() -> None:
+            while made.staged:
+                made.staged.pop().publish()
+
+        if made.staged:  # all at once: it may take a thread
+            restoration.filing(publish)
         unix_names.close_hidden(restoration)
 
     def discard(self, restoration: Restoration) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -53,8 +54,9 @@ def own_mounts() -> tuple[Mount, ...]:
         return parse_mounts(file.read())
 
 
+@functools.lru_cache(maxsize=16)
 def parse_mounts(text: bytes) -> tuple[Mount, ...]:
-    """Parse a mountinfo text."""
+    """Parse a mountinfo text. The last ones are remembered: a freeze asks for the same again and again."""
     return tuple(_parse_line(line) for line in text.split(b"\n") if line)
 
 

@@ -134,6 +134,24 @@ def test_changes_are_made_in_place(places: list[int]) -> None:
     os.close(held)
 
 
+def test_what_was_packed_before_is_not_packed_again(places: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    source = places[0]
+    furnish(source)
+    members: archive.Members = {}
+    archive.pack(archive.read(source, SAME), members)
+    base = Path(f"/proc/self/fd/{source}")
+    (base / "dir/file").write_bytes(b"shorter")
+    (base / "fifo2").unlink()
+    after = archive.read(source, SAME)
+    whole = archive.pack(after)
+    packed = []
+    member = archive._member
+    monkeypatch.setattr(archive, "_member", lambda name, *rest: packed.append(name) or member(name, *rest))
+    assert archive.pack(after, members) == whole
+    assert {"dir/file"} < set(packed) < set(after)
+    assert archive.pack(after, members) == whole
+
+
 def test_tar_reads_ours_and_we_read_tars(places: list[int], tmp_path: Path) -> None:
     source, target, third = places
     furnish(source)

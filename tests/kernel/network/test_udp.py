@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import socket
 import struct
 import time
+from collections.abc import Iterator
 
 import pytest
 from phaul_engine.objects import netlink_socket, socket_options, udp  # noqa: F401 (they register their kinds)
@@ -135,8 +138,19 @@ def test_raw_and_icmp(lab: Lab, move: Move) -> None:
     made6.close()
 
 
-def test_netlink(lab: Lab, move: Move) -> None:
-    sock = lab.source.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+@pytest.fixture
+def many_descriptors() -> Iterator[int]:
+    """A number of a descriptor that select(2) does not take."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 3000), before[1]))
+    yield 2000
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_netlink(lab: Lab, move: Move, many_descriptors: int) -> None:
+    low = lab.source.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    sock = socket.socket(fileno=fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, many_descriptors))
+    low.close()
     sock.bind((os.getpid() + 5_000_000, 1 | 1 << 8))  # RTMGRP_LINK, RTMGRP_IPV6_IFADDR
     sock.setsockopt(270, 11, 1)  # NETLINK_EXT_ACK
     (made,) = carry(lab, move, [sock])

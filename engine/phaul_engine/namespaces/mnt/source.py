@@ -58,6 +58,7 @@ class _Kept:
     signature: bytes
     content: archive.Content
     packed: list[Record]
+    members: archive.Members
 
 
 @dataclass
@@ -68,6 +69,18 @@ class Pass:
     known: Known = field(default_factory=Known)
     trees: dict[int, MountTree] = field(default_factory=dict)  # by the engine's number of a process
     content: dict[int, dict[bytes, _Kept]] = field(default_factory=dict)  # by device, and directory of it
+    mapped: dict[int, set[int]] = field(default_factory=dict)  # devices, by the number of a namespace
+
+    def written(self, view: NamespaceView) -> set[int]:
+        """The devices with files that are mapped so that they can be written: that shows in no time of theirs."""
+        if view.number not in self.mapped:
+            lines = (
+                line.split(b" ", 4) for one in view.members for line in access.read_bytes(one.proc, "maps").splitlines()
+            )
+            shown = {line[3] for line in lines if line[1].endswith(b"s")}
+            numbers = (device.split(b":") for device in shown)
+            self.mapped[view.number] = {int(major, 16) << 20 | int(minor, 16) for major, minor in numbers}
+        return self.mapped[view.number]
 
     def own(self, owner: Owner) -> bool:
         """See `objects.mounted`."""
@@ -154,11 +167,11 @@ class _Reader:
         order = list(tree.order())
         points = [os_text(entry.mountpoint) for entry in order]
         indices = [index for index, entry in enumerate(order) if any(entry is one for one in hidden)]
-        if Ids.of_task(self.view.owner.proc).same:
+        user = places.owner_of(self._namespaces["mnt"])  # a process may be in one below it
+        self._stack.callback(os.close, user)
+        if places.same_namespace(user, "user"):
             found = places.inside(self._namespaces, lambda: peel.peel(points, indices))
         else:  # only its own user namespace may unmount what is in it
-            user = access.open_at(self.view.owner.proc, "ns/user")
-            self._stack.callback(os.close, user)
             with Worker({"user": user, "mnt": self._namespaces["mnt"]}, modules=(peel.__name__,)) as worker:
                 made = worker.call(peel.peel_inside, points, indices)
             found = {index: one.fd for index, one in zip(indices, made, strict=True)}
@@ -266,7 +279,7 @@ def _collect_content(view: NamespaceView, reader: _Reader, seen: Seen, now: Pass
                 continue
             for root in [root for root in parts if lies_in(root, entry.root)]:
                 del parts[root]
-            content = _read_content(view, reader, seen, entry, collection)
+            content = _read_content(view, reader, seen, entry, now, collection)
             if content is not None:
                 parts[entry.root] = content
         if parts:
@@ -274,13 +287,13 @@ def _collect_content(view: NamespaceView, reader: _Reader, seen: Seen, now: Pass
 
 
 def _read_content(
-    view: NamespaceView, reader: _Reader, seen: Seen, entry: mnt_pb2.mnt_entry, collection: Collection
+    view: NamespaceView, reader: _Reader, seen: Seen, entry: mnt_pb2.mnt_entry, now: Pass, collection: Collection
 ) -> _Kept | None:
     kept: dict[tuple[int, bytes], _Kept] = collection.memory[_MEMORY]["kept"]
     if entry.mnt_id not in seen.held:
         seen.held[entry.mnt_id] = os.dup(reader.clones(seen.tree, [entry])[entry.mnt_id])
     clone = seen.held[entry.mnt_id]
-    mapped = not view.survey and _maps_shared(view, entry.root_dev)
+    mapped = not view.survey and entry.root_dev in now.written(view)
     if not stat.S_ISDIR(os.fstat(clone).st_mode):
         where = f"{os_text(entry.mountpoint)} in {view}"
         why = f"it is a file of a {filesystems.kind_of(entry)} file system that is mounted nowhere as a whole"
@@ -291,21 +304,12 @@ def _read_content(
         signature = archive.signature(root)
         known = kept.get((entry.root_dev, entry.root))
         if known is None or known.signature != signature or mapped:
-            content = archive.read(root, seen.ids)
-            known = kept[entry.root_dev, entry.root] = _Kept(signature, content, [Record(None, archive.pack(content))])
+            content, members = archive.read(root, seen.ids), known.members if known is not None else {}
+            packed = [Record(None, archive.pack(content, members))]
+            known = kept[entry.root_dev, entry.root] = _Kept(signature, content, packed, members)
         return known
     finally:
         os.close(root)
-
-
-def _maps_shared(view: NamespaceView, device: int) -> bool:
-    """Whether files of a file system are mapped so that they can be written: that shows in no time of theirs."""
-    shown = b" %02x:%02x " % (device >> 20, device & 0xFFFFF)
-    for member in view.members:
-        for line in access.read_bytes(member.proc, "maps").splitlines():
-            if shown in line and line.split(b" ", 2)[1].endswith(b"s"):
-                return True
-    return False
 
 
 def _packed(parts: dict[bytes, _Kept]) -> list[Record]:
