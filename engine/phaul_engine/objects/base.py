@@ -385,6 +385,18 @@ class TaskKind(ABC):
         """
 
 
+class RebuiltKind(TaskKind):
+    """A part that nobody is asked for: something else puts it into the images."""
+
+    def repeats(self, asked: Any, results: Results) -> bool:
+        return True
+
+    def collect(
+        self, thread: ThreadView, asked: Any, results: Results, core: core_pb2.core_entry, collection: Collection
+    ) -> None:
+        """It is there already."""
+
+
 _descriptor_kinds: list[DescriptorKind] = []
 _task_kinds: list[TaskKind] = []
 

@@ -3,31 +3,23 @@ which collects and rebuilds them."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from phaul_engine.images.pb import core_pb2
-from phaul_engine.program import Program, Results
+from phaul_engine.program import Program
 
-from .base import Collection, Phase, Restoration, Scope, SkeletonTask, TaskKind, ThreadView, task_kind
+from .base import Collection, Phase, RebuiltKind, Restoration, Scope, SkeletonTask, task_kind
 
 SETS = "cgroup sets"
 """In `Collection.scratch`: the number of each process's set, by its number in the images."""
 
 
 @task_kind
-class CgroupSet(TaskKind):
+class CgroupSet(RebuiltKind):
     """The number, which is known when namespaces have been looked at."""
 
     name: ClassVar[str] = "cgroup set"
     scope: ClassVar[Scope] = Scope.PROCESS
-
-    def repeats(self, asked: Any, results: Results) -> bool:
-        return True
-
-    def collect(
-        self, thread: ThreadView, asked: Any, results: Results, core: core_pb2.core_entry, collection: Collection
-    ) -> None:
-        pass
 
     def finish(self, collection: Collection) -> None:
         for inner_pid, number in collection.scratch.get(SETS, {}).items():

@@ -13,12 +13,12 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from phaul_engine.errors import ImageError
 from phaul_engine.images.pb import core_pb2, file_lock_pb2
 from phaul_engine.proc.locks import FileLock
-from phaul_engine.program import Program, Results
+from phaul_engine.program import Program
 from phaul_engine.syscalls import NR
 
 from .base import (
@@ -26,11 +26,10 @@ from .base import (
     Descriptor,
     Owner,
     Phase,
+    RebuiltKind,
     Restoration,
     Scope,
     SkeletonTask,
-    TaskKind,
-    ThreadView,
     task_kind,
 )
 
@@ -91,19 +90,11 @@ def _block(descriptor: Descriptor, kind: str, collection: Collection) -> None:
 
 
 @task_kind
-class FileLocks(TaskKind):
+class FileLocks(RebuiltKind):
     """Taken at the end, by the tasks of the image. They are collected with the descriptors (`collect`)."""
 
     name = "file locks"
     scope: ClassVar = Scope.PROCESS
-
-    def repeats(self, asked: Any, results: Results) -> bool:
-        return True
-
-    def collect(
-        self, thread: ThreadView, asked: Any, results: Results, core: core_pb2.core_entry, collection: Collection
-    ) -> None:
-        pass
 
     def rebuild(
         self, core: core_pb2.core_entry, task: SkeletonTask, program: Program, phase: Phase, restoration: Restoration

@@ -14,7 +14,7 @@ from phaul_engine.proc.access import open_at, read_bytes, read_text
 from phaul_engine.program import Buf, Program, Results
 from phaul_engine.syscalls import NR
 
-from .base import Collection, Phase, Restoration, Scope, SkeletonTask, TaskKind, ThreadView, task_kind
+from .base import Collection, Phase, RebuiltKind, Restoration, Scope, SkeletonTask, TaskKind, ThreadView, task_kind
 
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 _PR_SET_THP_DISABLE, _PR_GET_THP_DISABLE = 41, 42
@@ -128,19 +128,11 @@ def _ask_for_xstate(permissions: int, program: Program) -> None:
 
 
 @task_kind
-class Umask(TaskKind):
+class Umask(RebuiltKind):
     """The file mode creation mask. It is collected with the working directory, whose image it is in."""
 
     name: ClassVar[str] = "umask"
     scope: ClassVar[Scope] = Scope.PROCESS
-
-    def repeats(self, asked: Any, results: Results) -> bool:
-        return True
-
-    def collect(
-        self, thread: ThreadView, asked: Any, results: Results, core: core_pb2.core_entry, collection: Collection
-    ) -> None:
-        """Nothing is left to do."""
 
     def rebuild(
         self, core: core_pb2.core_entry, task: SkeletonTask, program: Program, phase: Phase, restoration: Restoration

@@ -13,7 +13,7 @@ from phaul_engine.program import Buf, Program, Results
 from phaul_engine.syscalls import NR
 
 from . import last_words
-from .base import Collection, Phase, Restoration, Scope, SkeletonTask, TaskKind, ThreadView, task_kind
+from .base import Collection, Phase, RebuiltKind, Restoration, Scope, SkeletonTask, TaskKind, ThreadView, task_kind
 
 _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
 _PR_SET_NAME, _PR_GET_NAME = 15, 16
@@ -129,20 +129,12 @@ def _is_root(task: SkeletonTask, restoration: Restoration) -> bool:
 
 
 @task_kind
-class IoFlusher(TaskKind):
+class IoFlusher(RebuiltKind):
     """The flag of threads that write back other programs' pages (PR_SET_IO_FLUSHER): needs CAP_SYS_RESOURCE to set,
     so it comes before the credentials."""
 
     name: ClassVar[str] = "I/O flusher"
     scope: ClassVar[Scope] = Scope.THREAD
-
-    def repeats(self, asked: Any, results: Results) -> bool:
-        return True
-
-    def collect(
-        self, thread: ThreadView, asked: Any, results: Results, core: core_pb2.core_entry, collection: Collection
-    ) -> None:
-        """ThreadAttributes has it."""
 
     def rebuild(
         self, core: core_pb2.core_entry, task: SkeletonTask, program: Program, phase: Phase, restoration: Restoration

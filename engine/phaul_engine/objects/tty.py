@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from phaul_engine.errors import ImageError, RebuildError
 from phaul_engine.images.pb import core_pb2, fdinfo_pb2, tty_pb2
-from phaul_engine.program import Program, Results
+from phaul_engine.program import Program
 from phaul_engine.syscalls import NR
 
 from . import console, unsupported
@@ -27,11 +27,10 @@ from .base import (
     Descriptor,
     DescriptorKind,
     Phase,
+    RebuiltKind,
     Restoration,
     Scope,
     SkeletonTask,
-    TaskKind,
-    ThreadView,
     descriptor_kind,
     task_kind,
 )
@@ -129,19 +128,11 @@ class Terminal(DescriptorKind):
 
 
 @task_kind
-class ControllingTerminal(TaskKind):
+class ControllingTerminal(RebuiltKind):
     """Which group of a session is in the foreground, set by the session's leader. See `adopt` for the terminal."""
 
     name = "controlling terminal"
     scope: ClassVar = Scope.PROCESS
-
-    def repeats(self, asked: Any, results: Results) -> bool:
-        return True
-
-    def collect(
-        self, thread: ThreadView, asked: Any, results: Results, core: core_pb2.core_entry, collection: Collection
-    ) -> None:
-        pass
 
     def rebuild(
         self, core: core_pb2.core_entry, task: SkeletonTask, program: Program, phase: Phase, restoration: Restoration
