@@ -5,11 +5,13 @@ devices, veth pairs. Its first process is caught before its program begins (`pha
 takes its place, so that LXC has a container that it has started. At the source the frozen copy is killed, and the
 monitor there does what it does when a container has ended.
 
-A configuration is what decides about a container (it may hold hooks), so it is never taken from the other host.
+A configuration is what decides about a container, so one that is there is never replaced. Where there is none, the
+source's comes along with the container's root file system, without hooks, which are programs of the other host.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -36,6 +38,8 @@ _ENDING = 20.0  # seconds for a monitor whose container has ended to be gone
 _CONSOLES = "consoles"  # phaul_engine.objects.console.OPTION, which nobody who only asks has to load
 _STOPPED, _RUNNING = "STOPPED", "RUNNING"
 _CARRIED = ("veth", "empty", "none", "macvlan")  # kinds of network devices
+_HOOK = re.compile(r"lxc\.hook\..*|lxc\.net\.\d+\.script\..*")
+_PORTABLE = 1 << 16  # bytes of a configuration that comes along
 _LOCAL = ("lxc.rootfs.", "lxc.log.", "lxc.start.", "lxc.group", "lxc.monitor.", "lxc.hook.", "lxc.console.")
 """Keys that may say something else on each host. So may the bridge of a veth."""
 
@@ -56,8 +60,9 @@ class Lxc(Workload):
         if state != _RUNNING:
             advice = f"lxc-unfreeze {name}" if state == "FROZEN" else f"start it on the other host: lxc-start {name}"
             raise UsageError(f"{words} is {state.lower()}", advice=advice)
-        config = lxc_config.read(Path(home) / name / "config")
-        facts = {"name": name, "pid": pid, "config": [list(entry) for entry in config]}
+        file = Path(home) / name / "config"
+        config = lxc_config.read(file)
+        facts = {"name": name, "pid": pid, "config": [list(entry) for entry in config], "text": _portable(file)}
         root = lxc_config.root(dict(config).get("lxc.rootfs.path", ""))
         trees = () if root is None else (root,)
         return Found(pid, words, facts, tuple(_cannot(config)), trees, {_CONSOLES: True})
@@ -71,9 +76,7 @@ class Lxc(Workload):
             return [Finding("blocker", "lxc", f"{error} (there)", "install the package lxc there")]
         path = Path(home) / name / "config"
         if not path.exists():
-            text = f"there is no container {name} there ({path})"
-            advice = f"make it there, with the same configuration: copy {path}, and adapt lxc.rootfs.path"
-            return [Finding("blocker", "lxc-config", text, advice)]
+            return list(_coming(facts, path, hauled))
         if state != _STOPPED:
             text, advice = f"the container {name} there is {state.lower()}", f"stop it there: lxc-stop {name}"
             return [Finding("blocker", "lxc-name", text, advice)]
@@ -88,8 +91,12 @@ class Lxc(Workload):
 
         name = _named(facts)
         refuse(self.examine(facts, [final for final, _ in places.staged]))
-        notes = {"name": name}
+        path = Path(_home()) / name / "config"
+        notes = {"name": name, "made": [] if path.exists() else [str(path)]}
         note(notes)
+        if notes["made"]:
+            path.parent.mkdir(0o755, parents=True, exist_ok=True)
+            commands.replace(path, _text(facts))
         caught = catching.catch(tracer, places.command("lxc-start", "-n", name, "-P", _home()), _PATIENCE)
         note(notes | {"first": [caught.pid, Task.of(caught.pid).start]})
         return Place(path_of(caught.pid), caught.options)
@@ -102,6 +109,10 @@ class Lxc(Workload):
     def withdraw(self, notes: dict[str, Any]) -> None:
         if "first" in notes:  # else it has died with whoever had caught it, and its monitor ends by itself
             _end(_named(notes), int(notes["first"][0]))
+        for path in map(Path, notes.get("made", ())):
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something else is in it
+                path.parent.rmdir()
 
     def give_up(self, facts: dict[str, Any]) -> None:
         _end(_named(facts), int(facts["pid"]))
@@ -171,6 +182,37 @@ def _cannot(config: lxc_config.Config) -> Iterator[Finding]:
         elif key == "lxc.ephemeral" and value == "1":
             text = "lxc.ephemeral = 1: LXC removes the container where it stops"
             yield Finding("blocker", "lxc-ephemeral", text, "start it without")
+
+
+def _coming(facts: dict[str, Any], path: Path, hauled: Collection[str]) -> Iterator[Finding]:
+    """What keeps the source's configuration from becoming that of a container which this host does not have yet."""
+    name, text = _named(facts), _text(facts)
+    config = lxc_config.parse(text)
+    root = lxc_config.root(dict(config).get("lxc.rootfs.path", ""))
+    if root is None or root not in hauled:
+        what = f"there is no container {name} there ({path})"
+        advice = f"--ship missing brings it along; or copy {path}, and adapt lxc.rootfs.path"
+        yield Finding("blocker", "lxc-config", what, advice)
+        return
+    for key, value in lxc_config.own(text):
+        if _HOOK.fullmatch(key):
+            what = f"{key} = {value}: a program of the other host, which root would run here"
+            yield Finding("blocker", "lxc-hooks", what, f"copy {path} there yourself, with what its hooks need")
+    yield from (*_other(facts, config), *_missing(config, hauled), *_cannot(config))
+
+
+def _portable(file: Path) -> str:
+    """A configuration file as it can come along; nothing if it is too large or no text."""
+    content = commands.read(file, lxc_config.LARGEST)
+    with contextlib.suppress(UnicodeDecodeError):
+        return content.decode() if len(content) <= _PORTABLE else ""
+    return ""
+
+
+def _text(facts: dict[str, Any]) -> str:
+    """The configuration file of the source; nothing if it cannot come along."""
+    text = str(facts.get("text", ""))
+    return text if len(text) <= _PORTABLE else ""
 
 
 def _unsafe(path: Path) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,26 +14,39 @@ from . import commands
 Config: TypeAlias = list[tuple[str, str]]
 
 _DEEPEST = 16  # of files that include others
-_LARGEST = 1 << 20  # bytes
+LARGEST = 1 << 20  # bytes
 
 
 def read(path: Path, depth: int = 0) -> Config:
     """What a file says, with what it includes. PhaulError if one of them cannot be read."""
     if depth > _DEEPEST:
         raise PhaulError(f"{path} is included too deeply")
-    text = commands.read(path, _LARGEST)
+    return parse(commands.read(path, LARGEST).decode(errors="surrogateescape"), depth)
+
+
+def parse(text: str, depth: int = 0) -> Config:
+    """What the text of a file says, with the files of this host that it includes."""
     found: Config = []
-    for line in text.decode(errors="surrogateescape").splitlines():
-        key, equals, value = line.strip().partition("=")
-        key, value = key.strip(), value.strip().strip('"')
-        if not equals or key.startswith("#"):
-            continue
+    for key, value in _lines(text):
         if key == "lxc.include":
             for one in _included(Path(value)):
                 found += read(one, depth + 1)
         else:
             found.append((key, value))
     return found
+
+
+def own(text: str) -> Config:
+    """What the text of a file says itself."""
+    return list(_lines(text))
+
+
+def _lines(text: str) -> Iterator[tuple[str, str]]:
+    for line in text.splitlines():
+        key, equals, value = line.strip().partition("=")
+        key, value = key.strip(), value.strip().strip('"')
+        if equals and not key.startswith("#"):
+            yield key, value
 
 
 def _included(path: Path) -> list[Path]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,18 @@ EXIT_STATUS = {
 }
 """The exit status that belongs to an outcome. An error before anything was touched has several: 2, 10, 11, 12."""
 TIMEOUT = 90.0
+
+
+@contextlib.contextmanager
+def fault(host: Host, words: str) -> Iterator[None]:
+    """Have an agent on a host fail, hang or die at a point of the next migration (phaul.faults)."""
+    file = host.path("/var/lib/phaul/fault")
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file.write_text(f"{words}\n")
+    try:
+        yield
+    finally:
+        file.unlink()
 
 
 class ContractError(AssertionError):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.hosts import Host, Hosts
+from tests.hosts.migrate import fault
 from tests.subjects.programs import wait_until
 
 from .conftest import Mover
@@ -119,11 +120,8 @@ def test_what_stands_in_the_way(mover: Mover, hosts: Hosts, program: int) -> Non
 
 
 def test_a_migration_that_is_undone_leaves_none(mover: Mover, hosts: Hosts, program: int) -> None:
-    faults = hosts.b.path("/var/lib/phaul/fault")
-    faults.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    faults.write_text("destination before send READY: error\n")
-    migration = mover.try_to_move(program, hosts.a, WAYS)
-    faults.unlink()
+    with fault(hosts.b, "destination before send READY: error"):
+        migration = mover.try_to_move(program, hosts.a, WAYS)
     assert migration.outcome == "stayed", str(migration)
     assert hosts.b.run(["ls", "-A", "/srv/own"]).stdout == ""
     _goes_on(hosts.a, _turns(hosts.a))

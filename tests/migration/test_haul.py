@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 from tests.hosts import Host, Hosts
 from tests.hosts.files import describe, make_something_of_everything
+from tests.hosts.migrate import fault
 from tests.subjects.programs import build, parse_status, wait_until
 
 PLACE = "/srv/own/there/web"
@@ -153,13 +155,9 @@ def one(hosts: Hosts) -> Iterator[Container]:
     made.end()
 
 
-def _arm(hosts: Hosts, words: str) -> Path:
-    """Have something go wrong; the file to be removed afterwards."""
-    host = hosts.a if words.startswith("source") else hosts.b
-    fault = host.path("/var/lib/phaul/fault")
-    fault.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fault.write_text(f"{words}\n")
-    return fault
+def _armed(hosts: Hosts, words: str) -> contextlib.AbstractContextManager[None]:
+    """Have something go wrong."""
+    return fault(hosts.a if words.startswith("source") else hosts.b, words)
 
 
 def _explained(hosts: Hosts) -> None:
@@ -171,9 +169,8 @@ def _explained(hosts: Hosts) -> None:
 
 @pytest.mark.parametrize("words", UNDONE)
 def test_what_fails_leaves_nothing_there(hosts: Hosts, one: Container, words: str) -> None:
-    fault = _arm(hosts, words)
-    status, result = one.move(hosts.a)
-    fault.unlink()
+    with _armed(hosts, words):
+        status, result = one.move(hosts.a)
     assert (status, result["outcome"]) == (30, "stayed"), result
     wait_until(lambda: not hosts.b.path(PLACE).parent.exists(), f"nothing is left: {_left(hosts.b)}", 30.0)
     assert _left(hosts.a) == ["web"]
@@ -184,9 +181,8 @@ def test_what_fails_leaves_nothing_there(hosts: Hosts, one: Container, words: st
 
 @pytest.mark.parametrize("words", FINISHED)
 def test_what_dies_after_the_commit_is_finished(hosts: Hosts, one: Container, words: str) -> None:
-    fault = _arm(hosts, words)
-    one.move(hosts.a)
-    fault.unlink()
+    with _armed(hosts, words):
+        one.move(hosts.a)
     wait_until(lambda: _left(hosts.b) == ["web"], f"it has its name: {_left(hosts.b)}", 30.0)
     wait_until(lambda: _left(hosts.a) == ["web.migrated"], f"the other is put aside: {_left(hosts.a)}", 60.0)
     wait_until(lambda: (one.state(hosts.a), one.state(hosts.b)) == ("", "running"), "it is there", 30.0)

@@ -9,6 +9,7 @@ import pytest
 
 from tests import debian
 from tests.hosts import Host, Hosts
+from tests.hosts.migrate import fault
 from tests.subjects.lxc import (
     ADDRESS,
     BASIC,
@@ -101,23 +102,24 @@ def test_what_keeps_a_host_from_taking_it_over(hosts: Hosts, container: Containe
 
 
 def test_a_migration_that_is_undone_leaves_none_there(hosts: Hosts, container: Container) -> None:
-    fault = hosts.b.path("/var/lib/phaul/fault")
-    fault.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fault.write_text("destination before send READY: error\n")
-    migration = container.move(hosts.a)
-    fault.unlink()
+    with fault(hosts.b, "destination before send READY: error"):
+        migration = container.move(hosts.a)
     assert migration.outcome == "stayed", str(migration)
     assert (container.state(hosts.a), container.state(hosts.b)) == ("RUNNING", "STOPPED")
     assert not list(hosts.b.path("/sys/fs/cgroup").glob("lxc.[mp]*.web"))
     container.goes_on("heap.status", "writes")
 
 
-def test_its_root_is_sent_along(hosts: Hosts, bridges: None) -> None:
+def test_its_root_and_its_configuration_are_sent_along(hosts: Hosts, bridges: None) -> None:
     one = Container(hosts, BASIC + NETWORK + "lxc.console.path = none\nlxc.tty.max = 0\n", own=hosts.a)
     make_small_root(one.root)
-    one.configure()
+    one.configure(hosts.a)
     one.start(hosts.a)
     wait_until(lambda: (one.root / "heap.status").exists(), "it runs", 20.0)
+    with fault(hosts.b, "destination before send READY: error"):
+        undone = one.move(hosts.a, ["--ship", "missing"])
+    assert (undone.outcome, "a test has this fail" in undone.reason) == ("stayed", True), str(undone)
+    assert not hosts.b.path("/var/lib/lxc/web").exists()
     migration = one.move(hosts.a, ["--ship", "missing"])
     assert migration.outcome == "migrated", str(migration)
     one.own = hosts.b

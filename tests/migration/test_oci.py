@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts import Host, Hosts
+from tests.hosts.migrate import fault
 from tests.subjects.programs import build, parse_status, wait_until
 
 BUNDLE = "/srv/shared/bundle"
@@ -133,11 +134,8 @@ def test_what_keeps_a_host_from_taking_it_over(hosts: Hosts, container: Containe
 
 
 def test_a_migration_that_is_undone_leaves_none_there(hosts: Hosts, container: Container) -> None:
-    fault = hosts.b.path("/var/lib/phaul/fault")
-    fault.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fault.write_text("destination before send READY: error\n")
-    status, result = container.move(hosts.a)
-    fault.unlink()
+    with fault(hosts.b, "destination before send READY: error"):
+        status, result = container.move(hosts.a)
     assert (status, result["outcome"]) == (30, "stayed"), result
     assert (container.state(hosts.a), container.state(hosts.b)) == ("running", "")
     assert not hosts.b.path(f"/sys/fs/cgroup/{container.name}").exists()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts import Host, Hosts
-from tests.hosts.migrate import Migration, parse
+from tests.hosts.migrate import Migration, fault, parse
 from tests.openvz import Node
 from tests.openvz.node import HOME, PRIVATE
 from tests.subjects.programs import build, parse_status, start_echo_client, wait_until
@@ -196,11 +196,8 @@ def test_it_is_the_nodes_own_afterwards(hosts: Hosts, container: Container) -> N
 
 
 def test_a_migration_that_is_undone_leaves_none_there(hosts: Hosts, container: Container) -> None:
-    fault = hosts.b.path("/var/lib/phaul/fault")
-    fault.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fault.write_text("destination before send READY: error\n")
-    migration = container.move(hosts.a)
-    fault.unlink()
+    with fault(hosts.b, "destination before send READY: error"):
+        migration = container.move(hosts.a)
     assert migration.outcome == "stayed", str(migration)
     assert (container.a.status(CTID), container.b.status(CTID)) == ("exist mounted running", "deleted unmounted down")
     assert [path.name for path in container.b.area(CTID).iterdir()] == ["fs"]

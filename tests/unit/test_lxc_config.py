@@ -8,7 +8,7 @@ import pytest
 
 from phaul.errors import PhaulError
 from phaul.workloads import lxc_config
-from phaul.workloads.lxc import _other
+from phaul.workloads.lxc import _coming, _other
 
 
 def test_it_is_read_with_what_it_includes(tmp_path: Path) -> None:
@@ -46,3 +46,16 @@ def test_what_may_differ_between_hosts() -> None:
     assert "lxc.cap.drop = sys_admin (only here)" in finding.text
     (finding,) = _other({"config": here}, [*there, ("lxc.cap.keep", "none")])
     assert "lxc.cap.keep = none (only there)" in finding.text
+
+
+def test_one_that_comes_along_with_its_root() -> None:
+    text = "lxc.rootfs.path = dir:/srv/web\nlxc.tty.max = 4\n"
+    facts = {"name": "web", "config": [list(entry) for entry in lxc_config.own(text)], "text": text}
+    path = Path("/var/lib/lxc/web/config")
+    assert not list(_coming(facts, path, ["/srv/web"]))
+    (finding,) = _coming(facts, path, [])
+    assert "there is no container web there" in finding.text
+    hooks = text + "lxc.hook.start = /bin/true\nlxc.net.0.script.up = /bin/true\n"
+    assert [one.check for one in _coming(facts | {"text": hooks}, path, ["/srv/web"])] == ["lxc-hooks"] * 2
+    for lost in ("", text.replace("4", "5"), " " * 100_000):
+        assert len(list(_coming(facts | {"text": lost}, path, ["/srv/web"]))) == 1
