@@ -2,7 +2,8 @@
 
 Images hold what CRIU's do: general registers, FXSAVE fields and the XSAVE components CRIU knows, and a system call
 that the stop interrupted is shown as about to be made again. Besides, in fields of our own, the whole XSAVE area and
-the kernel's restart code, so that nothing is lost between two phauls. To take an area apart costs more than to read
+the kernel's restart code, so that nothing is lost between two phauls; zeros at the area's end are left out, which on
+processors with tiles is nearly all of it. To take an area apart costs more than to read
 it, so that in a freeze only the area is carried, with its layout; `spread` fills in the rest.
 """
 
@@ -59,6 +60,7 @@ _COMPONENTS = (
     _Component(7, "hi16_zmm", "Q", 128),
     _Component(9, "pkru", "I", 2),
 )
+_SIZES = {component.number: component.form.size for component in _COMPONENTS}
 
 
 def general(name: str) -> int:
@@ -90,7 +92,8 @@ def collect_registers(state: Any, core: core_pb2.core_entry) -> None:
     for name, value in zip(_GENERAL, general, strict=True):
         setattr(registers, name, value)
     registers.mode = core_x86_pb2.NATIVE
-    info.xstate = area = bytes(ffi.buffer(state.xstate, state.xstate_size))
+    area = bytes(ffi.buffer(state.xstate, state.xstate_size))
+    info.xstate = area.rstrip(b"\0").ljust(min(len(area), _HEADER_END), b"\0")
     info.xstate_layout = _layout()
     fp = info.fpregs
     (fp.cwd, fp.swd, fp.twd, fp.fop, fp.rip, fp.rdp, fp.mxcsr, fp.mxcsr_mask) = _FXSAVE_HEAD.unpack_from(area)
@@ -108,13 +111,14 @@ def spread(core: core_pb2.core_entry) -> None:
     area, fp = info.xstate, info.fpregs
     if not area or fp.xmm_space:
         return
+    places = dict(_PLACE.iter_unpack(info.xstate_layout))
+    area = area.ljust(max([at + _SIZES.get(number, 0) for number, at in places.items()], default=0), b"\0")
     registers = _FXSAVE.unpack_from(area)[8:]
     fp.st_space.extend(registers[:32])
     fp.xmm_space.extend(registers[32:])
     if len(area) < _HEADER_END:
         return
     (fp.xsave.xstate_bv,) = struct.unpack_from("<Q", area, _XSTATE_BV_AT)
-    places = dict(_PLACE.iter_unpack(info.xstate_layout))
     for component in _COMPONENTS:
         at, form = places.get(component.number, 0), component.form
         if at and at + form.size <= len(area):
@@ -157,8 +161,8 @@ def signal_mask(core: core_pb2.core_entry) -> int:
 
 def _rebuild_extended(core: core_pb2.core_entry) -> bytes:
     empty, area = _empty_area(), core.thread_info.xstate
-    if len(area) == len(empty) and area[_XCR0_AT : _XCR0_AT + 8] == empty[_XCR0_AT : _XCR0_AT + 8]:
-        return area
+    if len(area) <= len(empty) and area[_XCR0_AT : _XCR0_AT + 8] == empty[_XCR0_AT : _XCR0_AT + 8]:
+        return area.ljust(len(empty), b"\0")
     spread(core)
     ours, fp = bytearray(empty), core.thread_info.fpregs
     fields = (fp.cwd, fp.swd, fp.twd, fp.fop, fp.rip, fp.rdp, fp.mxcsr, fp.mxcsr_mask)
