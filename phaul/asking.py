@@ -108,13 +108,24 @@ async def linger(
     """The destination's side: answer what `decide` says, until the source knows all it needs, or the time is over."""
     answering = asyncio.ensure_future(_answer_all(listener, journal, decide, link, seconds))
     deadline = time.monotonic() + seconds
+    state = journal.row.state
     try:
-        while time.monotonic() < deadline and journal.refresh().state is not Row.RELEASED:  # by `phaul resolve`
+        while time.monotonic() < deadline and not _told_beside(journal, state, decide):
             if (await asyncio.wait({answering}, timeout=_LOOK))[0]:
                 return answering.result()
+            state = journal.row.state
     finally:
         answering.cancel()
         await asyncio.gather(answering, return_exceptions=True)
+
+
+def _told_beside(journal: Journal, before: Row, decide: Callable[[], object]) -> bool:
+    """Whether the source knows all it needs by what `phaul resolve` has told our row. What it has decided there is
+    done: nobody else holds the copy."""
+    row = journal.refresh()
+    if before is Row.PARKED and (row.state is Row.DISCARDED or (row.state is before and row.heard)):
+        decide()
+    return row.heard or row.state is Row.RELEASED
 
 
 async def _answer_all(

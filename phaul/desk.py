@@ -375,8 +375,10 @@ def _released(journal: Journal) -> Resolved:
 
 def _aborted(journal: Journal) -> Resolved:
     """The program goes on at the source. A row of an earlier boot, of which nothing lives, has been kept for it to ask:
-    it need not be any more. One that is decided, or whose agent lives, has heard of it or will."""
+    it need not be any more. One that is decided, or whose agent lives, is told: whoever waits there for a question sees
+    that none will come (`asking.linger`)."""
     from phaul.haul import beside
+    from phaul.migration import Row
     from phaul.recovery import Recovery, undo
 
     if not journal.row.same_boot:
@@ -385,8 +387,12 @@ def _aborted(journal: Journal) -> Resolved:
                 undo(entry)
         journal.end()
         return Resolved("stayed", "by the source's word")
-    if journal.row.owned or journal.row.ended:
+    if journal.row.state in (Row.RESUMED, Row.RELEASED):
         return Resolved("error", f"the row says {journal.row.state}")
+    if not journal.row.heard:
+        journal.note(heard=True)
+    if journal.row.owned or journal.row.ended:
+        return Resolved("stayed", "by the source's word")
     ended = Recovery(journal).run()
     return Resolved(str(ended.outcome), ended.why)
 

@@ -103,7 +103,8 @@ class Row(BaseModel):
     what did not work, but kept nobody. `link` is what a recovery needs to ask the other side by itself. `caller` is who
     asked for it here (phaul.policy). `workload` is its kind (phaul.workloads), with `facts` at the source and `notes`
     at the destination: what the runtime of this host has to be told in the end.
-    `arbiter` says how the arbiter is reached (its settings), empty without one.
+    `arbiter` says how the arbiter is reached (its settings), empty without one. `heard`, at the destination: the source
+    is known to go on by itself, and will not ask.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -127,6 +128,7 @@ class Row(BaseModel):
     caller: str = ""
     workload: dict[str, JsonValue] = {}
     arbiter: dict[str, JsonValue] = {}
+    heard: bool = False
 
     @property
     def same_boot(self) -> bool:
@@ -215,10 +217,10 @@ class Journal:
         return self.row
 
     def note(self, *, undo: tuple[Undo, ...] = (), **facts: Any) -> Row:
-        """Add facts and undo entries without changing the state."""
+        """Add facts and undo entries without changing the state. One that has ended has room for one more note."""
         with self._locked():
             self._replay()
-            self._append({}, undo, facts, reserve=_RESERVED)
+            self._append({}, undo, facts, reserve=0 if self.row.ended else _RESERVED)
         return self.row
 
     def end(self) -> Row:
@@ -230,8 +232,8 @@ class Journal:
         return self.row
 
     def _compact(self) -> None:
-        """Put a shorter file in the place of ours: nobody writes to a row that has ended. One that was removed stays
-        away."""
+        """Put a shorter file in the place of ours. One that was removed stays away. Nothing is written to a row that
+        has ended but, once, that it was `heard` of; who does it just now may write to the longer file."""
         with self._locked():
             if self._path.stat().st_ino != os.fstat(self._fd).st_ino:
                 return

@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import multiprocessing
 import os
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +173,53 @@ def test_no_write_allocates(store: Store) -> None:
         after = journal.path.stat()
         assert (before.st_size, before.st_blocks) == (after.st_size, after.st_blocks)
         assert before.st_blocks * 512 >= before.st_size
+
+
+def test_what_is_no_fact_of_a_row_cannot_be_set(store: Store) -> None:
+    with store.create(new_row()) as journal:
+        for facts in ({"state": State.FROZEN}, {"colour": "red"}):
+            with pytest.raises(ValueError, match="cannot be set"):
+                journal.note(**facts)
+        assert journal.row == reopened(store, journal)
+
+
+def test_a_change_that_was_written_in_part_is_none(store: Store) -> None:
+    """A file size limit in the middle of it (setrlimit(2)); the row goes on from what it was."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with store.create(new_row()) as journal:
+        before = journal.row
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((journal._next + 1) * RECORD, limits[1]))
+        try:
+            with pytest.raises(JournalError, match="short write"):
+                journal.note(program="x" * RECORD)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert journal.refresh() == before == reopened(store, journal)
+        journal.note(program="redis")
+        assert reopened(store, journal).program == "redis"
+
+
+def test_history_ends_where_the_file_is_damaged(store: Store) -> None:
+    with store.create(new_row()) as journal:
+        for state in (State.FROZEN, State.COMMITTED):
+            journal.transition(journal.row.state, state)
+        os.pwrite(journal._fd, bytes(RECORD), (journal._next - 1) * RECORD)
+        assert [change.state for change in journal.history()] == ["prepared", "frozen"]
+
+
+def test_an_ended_row_has_room_for_one_more_note(store: Store) -> None:
+    """That the source has been heard of, which an agent that still waits for it sees."""
+    with store.create(new_row(role=Role.DESTINATION)) as journal:
+        journal.transition(State.PREPARED, State.DISCARDED)
+        journal.end()
+        other = store.open("m1", Role.DESTINATION)
+        assert other is not None
+        with other:
+            other.note(heard=True)
+            with pytest.raises(JournalError, match="full"):
+                other.note(warning="and more")
+        assert journal.refresh().heard
+        assert reopened(store, journal).heard
 
 
 def test_an_ended_row_is_history(store: Store) -> None:
