@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, assert_never
 
 from phaul_engine.errors import EngineError
 
@@ -280,6 +280,8 @@ class Driver:
                         self._work = asyncio.create_task(self._run(work, self._work))
                 case Swap():
                     await self._take(await self._swap(action))
+                case _ as never:
+                    assert_never(never)
 
     async def _send(self, message: Message, why: str) -> None:
         try:

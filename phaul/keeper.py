@@ -30,6 +30,8 @@ from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36
 JOURNAL = Path("/run/systemd/journal/stdout")
+_IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)  # by a keeper, and not by its children
+_NOT_STARTED = 127  # status of a child that could not be, as shells have it
 _PROTECTED, _ORDINARY = "-1000", "0"
 _TRIES = 5
 _PAUSE = 0.5  # seconds before the second try; doubles each time
@@ -138,7 +140,7 @@ def keep(agent: Sequence[str], recovery: Sequence[str], *, pass_fds: tuple[int, 
     _protect(_PROTECTED)
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     status = _run(agent, pass_fds)
     pause = _PAUSE
@@ -167,19 +169,17 @@ def _ending(status: int) -> str:
 
 def _run(command: Sequence[str], pass_fds: tuple[int, ...]) -> int:
     """Run a child to its end and reap whatever else dies meanwhile. Returns its status, negative for a signal."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)
-            _protect(_ORDINARY)
-            for fd in pass_fds:
-                os.set_inheritable(fd, True)
-            os.execv(command[0], list(command))
-        finally:
-            os._exit(127)
     for fd in pass_fds:
-        os.close(fd)
+        os.set_inheritable(fd, True)
+    try:
+        pid = os.posix_spawn(command[0], list(command), os.environ, setsigdef=_IGNORED)
+    except OSError as error:
+        _tell(f"{command[0]} cannot be started: {error.strerror}")
+        return _NOT_STARTED
+    finally:
+        for fd in pass_fds:
+            os.close(fd)
+    _protect(_ORDINARY, str(pid))
     while True:
         gone, status = os.waitpid(-1, 0)
         if gone == pid:
@@ -194,10 +194,10 @@ def _reap() -> None:
             pass
 
 
-def _protect(score: str) -> None:
+def _protect(score: str, pid: str = "self") -> None:
     """Tell the memory killer whom to spare (proc_pid_oom_score_adj(5)). Less than before takes CAP_SYS_RESOURCE."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(score, encoding="ascii")
+        Path(f"/proc/{pid}/oom_score_adj").write_text(score, encoding="ascii")
 
 
 def main(arguments: list[str]) -> int:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, assert_never
 
 from phaul_engine import lock_move, silence
 from phaul_engine.cgroup import Hierarchy, Hold, HoldGoneError, path_of, path_of_hold
@@ -154,12 +154,11 @@ class Deeds:
     def do(self, work: Work) -> None:
         """Do a work; EngineError or PhaulError if it fails."""
         match work:
-            case Work.UNDO | Work.LET_GO:
+            case Work.UNDO:
                 self._each(undo, tuple(reversed(self.row.undo)))
                 self._thaw()
-                if work is Work.UNDO:
-                    self._disband()
-                    self._tell("facts", lambda workload, facts: workload.let_go(facts))
+                self._disband()
+                self._tell("facts", lambda workload, facts: workload.let_go(facts))
             case Work.RELEASE:
                 self._kill()
                 self._leave_addresses()
@@ -182,9 +181,9 @@ class Deeds:
                 self._disband()
             case Work.FORGET:
                 self._journal.remove()
-            case Work.CLAIM | Work.REVOKE:
+            case Work.REVOKE:
                 with _register(self.row) as register:
-                    register.decide("resumed" if work is Work.CLAIM else "discarded")
+                    register.decide("discarded")
             case _:
                 raise ValueError(f"{work.name} needs an agent")
 
@@ -333,8 +332,8 @@ class Recovery:
         match action:
             case Send():
                 return self._send(action, state)
-            case Swap(expected, to, why, sync):
-                return self._swap(expected, to, why, sync)
+            case Swap(expected, to, why):  # the one that is synced comes before a freeze, which nobody makes here
+                return self._swap(expected, to, why)
             case Start(work):
                 try:
                     self._deeds.do(work)
@@ -343,12 +342,12 @@ class Recovery:
                 except (EngineError, PhaulError, OSError) as error:
                     return Failed(work, str(error))
                 return Done(work)
+            case _ as never:
+                assert_never(never)
 
-    def _swap(self, expected: migration.Row, to: migration.Row, why: str, sync: bool) -> Event:
+    def _swap(self, expected: migration.Row, to: migration.Row, why: str) -> Event:
         try:
             self._journal.transition(expected, to, why=why)
-            if sync:
-                self._journal.sync()
         except LostRaceError as error:
             return Refused(migration.Row(error.state))
         except JournalError as error:

@@ -42,12 +42,6 @@ patch = _exit, execv, fork
 sigterm = True
 concurrency = thread
 disable_warnings = no-data-collected, module-not-measured, module-not-imported, couldnt-parse
-[report]
-exclude_also =
-    if TYPE_CHECKING:
-    @abstractmethod
-    raise AssertionError
-    \\.\\.\\.
 """
 
 
@@ -69,14 +63,13 @@ def _measure(suites: list[str]) -> int:
     _STATE.mkdir(parents=True)
     _STATE.chmod(0o777)
     _CONFIG.write_text(_SETTINGS.format(state=_STATE, root=_ROOT, omit=", ".join(_LEFT_OUT)))
-    environment = {**os.environ, "PHAUL_SIMULATIONS": os.environ.get("PHAUL_SIMULATIONS", "300")}
     with _everywhere():
         command = [sys.executable, "-m", "pytest", "-q", "--timeout", "600", *suites]
-        return subprocess.run(command, cwd=_ROOT, env=environment, check=False).returncode
+        return subprocess.run(command, cwd=_ROOT, check=False).returncode
 
 
 def _report() -> None:
-    measured = coverage.Coverage(config_file=str(_CONFIG))
+    measured = coverage.Coverage(config_file=str(_ROOT / "pyproject.toml"), data_file=str(_STATE / "data"))
     measured.combine([str(_STATE)], keep=True)
     measured.save()
     measured.html_report(directory=str(_STATE / "html"), ignore_errors=True)

@@ -141,7 +141,7 @@ RULES = (
         "phaul/keeper.py",
         "        status = _run(recovery, ())",
         "        status = 0",
-        "tests/kernel/test_recovery.py",
+        "tests/kernel/test_keeper.py",
     ),
     Rule(
         "recovery ends a hung agent before it acts",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator
+from typing import assert_never
 
 import phaul.migration as protocol
 
@@ -203,6 +204,8 @@ def _words(action: Action) -> str:
             return f"row {expected.name} -> {to.name}" + (" (synced)" if sync else "")
         case Start(work):
             return work.value.split(": ", 1)[0]
+        case _ as never:
+            assert_never(never)
 
 
 def _events() -> Iterator[tuple[str, Event]]:

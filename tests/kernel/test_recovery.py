@@ -4,14 +4,18 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from phaul_engine import lock_move, silence
 from phaul_engine.cgroup import Hierarchy, Hold, HoldGoneError, path_of
+from phaul_engine.network.address import Address
+from phaul_engine.network.interfaces import holder_of
+from phaul_engine.objects import file_locks
+from pydantic import JsonValue
 
 from phaul import keeper, recovery
 from phaul.journal import Journal, Row, Store, Task, Undo, boot_id
@@ -175,6 +179,68 @@ def test_a_frozen_copy_without_a_row_is_killed_and_no_other(
     assert (program.poll() is None) != frozen
 
 
+def test_a_released_source_has_the_moved_addresses_no_more(store: Store, deeds: list[Any]) -> None:
+    """Whatever the device is called there; one that is not here is no mistake."""
+    address = Address.prepare("192.0.2.9/32@lo")
+    address.add()
+    address.close()
+    assert holder_of("192.0.2.9") == "lo"
+    with row_in(store, Role.SOURCE, State.RELEASED) as journal:
+        journal.note(addresses=("192.0.2.8/24@eth7", "192.0.2.9/32@eth7"))
+        Recovery(journal).run()
+        assert journal.row.warning == ""
+    assert holder_of("192.0.2.9") is None
+
+
+def test_file_locks_that_are_lost_are_told_and_taken_once(
+    store: Store, program: subprocess.Popen[bytes], hold: Hold, deeds: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program goes on without: here at a descriptor that it does not have."""
+    monkeypatch.setattr(recovery, "LOCK_PATIENCE", 0.1)
+    given: dict[str, JsonValue] = {
+        "root": program.pid,
+        "locks": [list(lock_move.Mark(program.pid, 99, 1, file_locks.FLOCK, 0, 0))],
+    }
+    with row_in(store, Role.SOURCE, State.FROZEN, hold.path) as journal:
+        journal.note(undo=(Undo(kind=lock_move.KIND, data=given),))
+        assert Recovery(journal).run().outcome is Outcome.STAYED
+        assert "a file lock is lost" in journal.row.warning
+        assert journal.row.undo[-1] == Undo(kind=lock_move.KIND, data={"locks": []})
+    assert path_of(program.pid) == path_of(os.getpid())
+
+
+def test_a_copy_that_may_have_spoken_is_dead_and_told(
+    store: Store, program: subprocess.Popen[bytes], hold: Hold, deeds: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill = silence.kill
+    monkeypatch.setattr(silence, "kill", lambda hold, timeout: kill(hold, timeout) or "it could not be silenced")
+    with row_in(store, Role.DESTINATION, State.PARKED, hold.path) as journal:
+        Recovery(journal).run()
+        assert journal.row.warning == "it could not be silenced"
+    assert program.poll() is not None
+
+
+def test_a_cgroup_that_goes_meanwhile_has_nothing_left_to_act_on(
+    store: Store, program: subprocess.Popen[bytes], hold: Hold, deeds: list[Any]
+) -> None:
+    done: list[str] = []
+
+    def act(opened: Hold) -> None:
+        hold.kill(5.0)
+        hold.remove()
+        done.append("removed")
+        opened.members()
+        done.append("read")
+
+    with row_in(store, Role.SOURCE, State.FROZEN, hold.path) as journal:
+        recovery.Deeds(journal)._with_hold(act)
+    assert done == ["removed"]
+
+
+def test_without_a_row_and_a_copy_there_is_nothing_to_kill(store: Store) -> None:
+    assert recovery.main(["destination", "fedcba987654", str(store.directory)]) == 0
+
+
 def test_answers_come_from_the_row(store: Store, deeds: list[Any]) -> None:
     for state, answer in ((State.PARKED, Message.DISCARDED), (State.RESUMED, Message.RESUMED)):
         with row_in(store, Role.DESTINATION, state) as journal:
@@ -234,51 +300,6 @@ def test_what_is_left_beside_the_program_is_removed_at_another_try(
         assert journal.refresh().ended
     assert deeds == [("undo", "hold")], "what the program goes on with stays"
     assert path_of(program.pid) == path_of(os.getpid())
-
-
-# -- the keeper -------------------------------------------------------------------------------------------------------
-
-
-def kept(agent: str, recovery_: str) -> int:
-    """Run a keeper in a child, with these Python programs as agent and recovery."""
-    pid = os.fork()
-    if pid == 0:
-        status = 99
-        try:
-            keeper._PAUSE = 0.01
-            status = keeper.keep([sys.executable, "-c", agent], [sys.executable, "-c", recovery_])
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def test_an_agent_that_ends_well_needs_no_recovery(tmp_path: Path) -> None:
-    assert kept("pass", f"open({str(tmp_path / 'x')!r}, 'w')") == 0
-    assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize("death", ["import os; os.kill(os.getpid(), 9)", "raise SystemExit(1)"])
-def test_an_agent_that_dies_is_recovered(tmp_path: Path, death: str) -> None:
-    assert kept(death, f"open({str(tmp_path / 'x')!r}, 'w')") == 0
-    assert (tmp_path / "x").exists()
-
-
-def test_recovery_that_dies_is_started_again(tmp_path: Path) -> None:
-    log = str(tmp_path / "x")
-    again = f"f = open({log!r}, 'a'); f.write('x'); f.close(); raise SystemExit(open({log!r}).read() != 'xxx')"
-    assert kept("raise SystemExit(1)", again) == 0
-    assert Path(log).read_text() == "xxx"
-
-
-def test_the_keeper_reaps_what_the_agent_leaves(tmp_path: Path) -> None:
-    log = tmp_path / "pid"
-    agent = (
-        "import os, time\n"
-        f"if not os.fork():\n open({str(log)!r}, 'w').write(str(os.getpid())); time.sleep(0.1); os._exit(0)\n"
-        "os.kill(os.getpid(), 9)"
-    )
-    gone = f"import os, time; time.sleep(0.5); raise SystemExit(os.path.exists('/proc/' + open({str(log)!r}).read()))"
-    assert kept(agent, gone) == 0
 
 
 def test_the_keeper_s_own_command_finds_and_finishes_the_row(store: Store) -> None:

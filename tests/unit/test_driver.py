@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,7 @@ from typing import Any, cast
 import pytest
 from phaul_engine.errors import EngineError
 
+from phaul import driver as driver_module
 from phaul.driver import Driver, WorkFailedError, blocking
 from phaul.errors import LostRaceError
 from phaul.journal import Journal
@@ -17,6 +19,7 @@ from phaul.migration import (
     Cancel,
     Done,
     Ended,
+    Expired,
     Limits,
     LinkLost,
     Message,
@@ -24,11 +27,15 @@ from phaul.migration import (
     Received,
     Refused,
     Row,
+    Start,
     State,
+    Step,
     Swap,
     Work,
+    step,
 )
-from phaul.migration.source import Connecting, begin
+from phaul.migration.destination import Syncing
+from phaul.migration.source import Connecting, Frozen, begin
 from phaul.transport.direct import Direct, Kind, Letter
 
 
@@ -211,3 +218,123 @@ def test_a_row_that_somebody_else_has_changed_is_refused() -> None:
     driver = Driver(begin(), party)
     assert isinstance(driver.state, Connecting)
     assert asyncio.run(driver._swap(Swap(Row.PREPARED, Row.FROZEN))) == Refused(Row.ABORTED)
+
+
+class Rows:
+    """A row that takes every change."""
+
+    def __init__(self) -> None:
+        self.changes: list[str] = []
+
+    def transition(self, expected: Row, to: Row, **_: object) -> None:
+        self.changes.append(f"{expected.name}-{to.name}")
+
+
+class Ear:
+    """A link on which this is said while the program stands, when it is listened to outside of the loop."""
+
+    def __init__(self, said: Letter | Exception) -> None:
+        self.said = said
+        self.cut = False
+        self.sent: list[Message] = []
+        self.channel = self
+
+    async def next(self) -> Letter:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    def receive(self, timeout: float) -> Letter:
+        if isinstance(self.said, Exception):
+            raise self.said
+        return self.said
+
+    def shutdown(self) -> None:
+        self.cut = True
+
+    def send_protocol(self, message: Message, why: str = "") -> None:
+        self.sent.append(message)
+
+
+def protocol(message: Message) -> Letter:
+    return Letter(Kind.PROTOCOL, b'{"message":"%s"}' % message.value.encode())
+
+
+@pytest.mark.parametrize(
+    ("said", "came", "cut"),
+    [
+        (protocol(Message.READY), True, False),
+        (Letter(Kind.PROTOCOL, b"nonsense"), False, True),
+        (EngineError("nothing has come"), False, False),
+    ],
+)
+def test_while_the_program_stands_the_other_side_is_listened_to_without_the_loop(
+    said: Letter | Exception, came: bool, cut: bool
+) -> None:
+    async def main() -> tuple[bool, bool, set[Message]]:
+        link, party = Ear(said), Party()
+        party.link = cast("Direct", link)
+        driver = Driver(Step(Frozen()), party)
+        listening = asyncio.create_task(driver.listen(party.link))
+        await asyncio.sleep(0)
+        heard = await driver._listen_closely()
+        assert not await driver._listen_closely(), "once in each state"
+        listening.cancel()
+        return heard, link.cut, driver.heard
+
+    assert asyncio.run(main()) == (came, cut, {Message.READY} if came else set())
+
+
+def test_while_the_program_stands_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """But it is afterwards, and in order."""
+    seen: list[tuple[str, int]] = []
+
+    class Watching(Party):
+        def entered(self, state: State) -> None:
+            seen.append((type(state).__name__, len(caplog.records)))
+
+    party = Watching()
+    party.journal = cast("Journal", Rows())
+    party.link = cast("Direct", Ear(protocol(Message.READY)))
+
+    async def main() -> Ended:
+        driver, loop = Driver(Step(Frozen()), party), asyncio.get_running_loop()
+        assert party.link is not None
+        listening = loop.create_task(driver.listen(party.link))
+        await asyncio.sleep(0)
+        for after, message in enumerate((Message.RESUMED, Message.GOODBYE), 1):
+            loop.call_later(after * 0.05, driver.post, Received(message))
+        async with asyncio.timeout(10):
+            ended = await driver.run()
+        listening.cancel()
+        return ended
+
+    with caplog.at_level(logging.INFO, "phaul.driver"):
+        assert asyncio.run(main()).outcome is Outcome.MIGRATED
+    told = [name for name, _ in seen]
+    assert told == ["Frozen", "Committing", "Committed", "Granting", "Releasing", "Parting", "Ended"]
+    assert [count for _, count in seen] == [0, 0, 0, 4, 5, 6, 7]
+    assert [record.getMessage().partition("(")[0] for record in caplog.records] == told
+    assert cast("Rows", party.journal).changes == ["FROZEN-COMMITTED", "COMMITTED-RELEASED"]
+
+
+def test_a_deadline_that_a_state_does_not_care_for_passes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    expired: list[State] = []
+
+    def counting(state: State, event: Any, limits: Limits) -> Step:
+        if isinstance(event, Expired):
+            expired.append(state)
+        return step(state, event, limits)
+
+    async def slowly() -> None:
+        await asyncio.sleep(0.3)
+
+    monkeypatch.setattr(driver_module, "step", counting)
+    party = Party(SYNC=slowly, TIDY=failing(OSError(5, "no")))
+
+    async def main() -> Ended:
+        driver = Driver(Step(Syncing(), (Start(Work.SYNC),)), party, Limits(deadlines={"Syncing": 0.01, "Resumed": 1}))
+        async with asyncio.timeout(10):
+            return await driver.run()
+
+    assert asyncio.run(main()).unfinished
+    assert [type(state).__name__ for state in expired] == ["Syncing", "Resumed"]
