@@ -7,6 +7,7 @@ which descriptor was which) it keeps, so that the pass in the freeze costs littl
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -79,10 +80,10 @@ class _Mapped:
     entries: list[vma_pb2.vma_entry]
     text: bytes = b""
 
-    @property
+    @functools.cached_property
     def file_ids(self) -> set[int]:
         """The files that are mapped."""
-        file = address_space.Status.FILE_PRIVATE | address_space.Status.FILE_SHARED
+        file = int(address_space.Status.FILE_PRIVATE | address_space.Status.FILE_SHARED)
         return {entry.shmid for entry in self.entries if entry.status & file}
 
 

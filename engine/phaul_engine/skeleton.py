@@ -159,7 +159,7 @@ class Skeleton:
         discarded = self._equipment.replace_images(checkpoint)
         if not discarded and checkpoint.shares(before, "pstree", "ids", "mm", "fdinfo", "fs"):
             return frozenset()  # who is dead has no ids
-        verify.require(checkpoint)
+        verify.require(checkpoint, before)
         self._births.namespaces.update()
         root = plan.read_tree(checkpoint)
         change = plan.changes(self._root, root, foreign_session=self._foreign)

@@ -4,8 +4,8 @@ Images may come from a stranger, and a migration's come from the other host. Her
 kernel: a process with the number 0, an area in the kernel's half, a terabyte of groups. What a program may have is for
 others to say: the host (its limits), and its policy.
 
-`wrong` looks at one record by itself, so that in a freeze only those are looked at that have changed; how records refer
-to each other is for `verify.check`. Limits are the kernel's own where it has one.
+Each record is looked at by itself, so that in a freeze only those are looked at that have changed; how records refer to
+each other is for `verify.check`. Limits are the kernel's own where it has one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from phaul_engine.errors import ImageError
 from phaul_engine.images.checkpoint import Checkpoint
-from phaul_engine.images.framing import Record
+from phaul_engine.images.kinds import Ident
 from phaul_engine.images.pages import PAGE_SIZE
 from phaul_engine.images.vma import Status
 
@@ -45,25 +45,23 @@ _KINDS = int(Status.ANON_PRIVATE | Status.ANON_SHARED | Status.FILE_PRIVATE | St
 _SHARING = int(Status.ANON_SHARED | Status.FILE_SHARED)
 _ANONYMOUS = int(Status.ANON_PRIVATE | Status.ANON_SHARED)
 _SPECIAL = int(Status.VDSO | Status.VVAR)
+_GUARD, _PLACELESS = int(Status.GUARD), int(Status.GUARD | Status.VSYSCALL)
+_SEGMENT = int(Status.SYSVIPC)
 _UNCARRIED = int(Status.SOCKET | Status.AIO_RING | Status.SHADOW_STACK | Status.UPROBES)
 _MAP_SHARED, _MAP_TYPE, _MAP_ANONYMOUS = 0x1, 0xF, 0x20
 
 
-def wrong(stem: str, record: Record) -> Iterator[str]:
-    """What a record of the kind `stem` asks for that cannot be, in words."""
-    judge = _JUDGES.get(stem)
-    if judge is not None:
-        yield from judge(record.message)
-
-
 def require(checkpoint: Checkpoint, before: Checkpoint | None = None) -> None:
     """ImageError unless all records can be. Those that `before` has too were looked at then."""
-    problems = list(itertools.islice(_all(checkpoint, before), 8))
+    problems = list(itertools.islice(wrong(checkpoint, before), 8))
     if problems:
-        raise ImageError("\n".join(problems))
+        raise ImageError(
+            "\n".join(f"{stem}{'' if ident is None else f'-{ident}'}.img {text}" for stem, ident, text in problems)
+        )
 
 
-def _all(checkpoint: Checkpoint, before: Checkpoint | None) -> Iterator[str]:
+def wrong(checkpoint: Checkpoint, before: Checkpoint | None = None) -> Iterator[tuple[str, Ident, str]]:
+    """What records ask for that cannot be, in words, each with its file; `before` as for `require`."""
     for stem, ident in checkpoint.files():
         if stem not in _JUDGES:
             continue
@@ -74,7 +72,7 @@ def _all(checkpoint: Checkpoint, before: Checkpoint | None) -> Iterator[str]:
         for record, earlier in itertools.zip_longest(records, known[: len(records)]):
             if record is not earlier:
                 for problem in _JUDGES[stem](record.message):
-                    yield f"{stem}{'' if ident is None else f'-{ident}'}.img {problem}"
+                    yield stem, ident, problem
 
 
 # -- processes and threads -----------------------------------------------------------------------------------------
@@ -167,8 +165,8 @@ def _mm(mm: Any) -> Iterator[str]:
         yield f"is dumpable as {mm.dumpable}"
     end = 0
     for area in mm.vmas:
-        if area.status & (Status.VSYSCALL | Status.GUARD):  # the kernel's own page; within other areas
-            if area.status & Status.GUARD and not 0 < area.start < area.end <= TASK_TOP:
+        if area.status & _PLACELESS:  # the kernel's own page; within other areas
+            if area.status & _GUARD and not 0 < area.start < area.end <= TASK_TOP:
                 yield f"has guard pages at {area.start:#x}-{area.end:#x}"
             continue
         if area.start < end or not area.start < area.end <= TASK_TOP or (area.start | area.end) % PAGE_SIZE:
@@ -186,7 +184,7 @@ def _area(area: Any) -> Iterator[str]:
         yield f"{where} with protection {area.prot:#x}"
     if bool(status & _SHARING) != (area.flags & _MAP_TYPE in (_MAP_SHARED, 0x3)):
         yield f"{where} with flags {area.flags:#x}, which are not of its kind {status:#x}"
-    if bool(status & _ANONYMOUS) != bool(area.flags & _MAP_ANONYMOUS) and not status & (_SPECIAL | Status.SYSVIPC):
+    if bool(status & _ANONYMOUS) != bool(area.flags & _MAP_ANONYMOUS) and not status & (_SPECIAL | _SEGMENT):
         yield f"{where} with flags {area.flags:#x}, which are not of its kind {status:#x}"
     if area.pgoff % PAGE_SIZE or area.pgoff + area.end - area.start >= _SIGNED:
         yield f"{where} at offset {area.pgoff:#x}"

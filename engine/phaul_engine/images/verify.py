@@ -59,6 +59,8 @@ _TCP = 6
 _TCP_WITH_PEER = {1, 2, 4, 5, 8, 9, 11}  # ESTABLISHED, SYN_SENT, FIN_WAIT1 and 2, CLOSE_WAIT, LAST_ACK, CLOSING
 _UNIX_ESTABLISHED = 1
 _STREAM_TYPES = {1, 5}  # SOCK_STREAM, SOCK_SEQPACKET
+_GUARD, _MEMFD, _SEGMENT = int(Status.GUARD), int(Status.MEMFD), int(Status.SYSVIPC)  # flags of enum take microseconds
+_FILE, _SHARED = int(Status.FILE_PRIVATE | Status.FILE_SHARED), int(Status.ANON_SHARED)
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,10 @@ def check(checkpoint: Checkpoint, *, contents: bool = True) -> list[Problem]:
     return _Check(checkpoint, contents).run()
 
 
-def require(checkpoint: Checkpoint) -> None:
-    """ImageError unless a tree can be made from the images that a migration begins with."""
-    problems = check(checkpoint, contents=False)
+def require(checkpoint: Checkpoint, before: Checkpoint | None = None) -> None:
+    """ImageError unless a tree can be made from the images that a migration begins with. Of those that follow `before`,
+    for which that was so, only records that are others are looked at by themselves."""
+    problems = _Check(checkpoint, contents=False, before=before).run()
     if problems:
         more = f"\nand {len(problems) - 8} problems more" if len(problems) > 8 else ""
         raise ImageError("\n".join(map(str, problems[:8])) + more)
@@ -140,8 +143,9 @@ def _verify_pages(directory: ImageDirectory, checkpoint: Checkpoint) -> list[Pro
 class _Check:
     """One pass over a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, contents: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, contents: bool, before: Checkpoint | None = None) -> None:
         self.checkpoint = checkpoint
+        self.before = before
         self.contents = contents
         self.problems: list[Problem] = []
         self.entries: dict[tuple[int, int], Any] = {
@@ -188,10 +192,8 @@ class _Check:
 
     def demands(self) -> None:
         """No record asks for what cannot be, nor do all of them together."""
-        for kind, ident in self.checkpoint.files():
-            for record in self.checkpoint.share(kind, ident) or ():
-                for text in demands.wrong(kind, record):
-                    self.wrong(kind, ident, text)
+        for kind, ident, text in demands.wrong(self.checkpoint, self.before):
+            self.wrong(kind, ident, text)
         watches = [max((one.wd for one in entry.ify.wd), default=0) for entry in self.entries.values()]
         if sum(watches) > demands.MAX_WATCHES:
             self.wrong("files", None, f"has inotify instances with {sum(watches)} watch numbers to be counted through")
@@ -312,16 +314,16 @@ class _Check:
         """The areas of a process are in order, what they map exists, and all pages lie within them."""
         self.refers("mm", pid, mm.exe_file_id, fdinfo_pb2.REG)
         for area in mm.vmas:
-            if area.status & Status.GUARD:  # behind all others, each within one of those
+            if area.status & _GUARD:  # behind all others, each within one of those
                 continue
-            if area.status & Status.MEMFD:
+            if area.status & _MEMFD:
                 self.refers("mm", pid, area.shmid, fdinfo_pb2.MEMFD)
-            elif area.status & (Status.FILE_PRIVATE | Status.FILE_SHARED):
+            elif area.status & _FILE:
                 self.refers("mm", pid, area.shmid, fdinfo_pb2.REG)
-            elif area.status & Status.SYSVIPC:
+            elif area.status & _SEGMENT:
                 if area.shmid not in self.segments:
                     self.wrong("mm", pid, f"maps System V shared memory {area.shmid}, which is not in ipcns-shm.img")
-            elif area.status & Status.ANON_SHARED and self.contents:
+            elif area.status & _SHARED and self.contents:
                 self.need("pagemap-shmem", area.shmid, f"the area {area.start:#x} of process {pid}")
         if self.contents and self.need("pagemap", pid, f"process {pid}") is not None:
             self.pages_in_areas(pid, mm)

@@ -7,6 +7,7 @@ do not bite the interpreter is the tracer's doing (PTRACE_O_SUSPEND_SECCOMP must
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import Any, ClassVar
 
@@ -108,6 +109,7 @@ def chain(newest: int, restoration: Restoration) -> list[seccomp_pb2.seccomp_fil
     return found[::-1]
 
 
+@functools.lru_cache(maxsize=64)  # services of systemd have the same filters many times
 def _asks_a_supervisor(text: bytes) -> bool:
     return any(
         code == _BPF_RETURN_CONSTANT and constant & _RET_ACTION == _RET_USER_NOTIF
