@@ -2,7 +2,7 @@
 
     python -m benchmarks [--full] [--repeats N] [--heaps MIB,...] [--rates MB/S,...] [--only PART,...] [--document]
 
-Parts: counter, client, criu, stream, redis, connections, agents, soak. Prints tables, and writes all values to
+Parts: counter, client, criu, lxc, stream, redis, connections, agents, soak. Prints tables, and writes all values to
 benchmarks/results/TIME.json; with --document, the tables into docs/benchmarks.md too.
 """
 
@@ -19,12 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import agents, connections, document, downtime, page_stream, redis_rate
+from benchmarks import agents, connections, document, downtime, lxc, page_stream, redis_rate
 from benchmarks.figures import surroundings
 from benchmarks.soak import soak
 from tests.hosts import HostError, two_hosts
 
-_PARTS = ("counter", "client", "criu", "stream", "redis", "connections", "agents", "soak")
+_PARTS = ("counter", "client", "criu", "lxc", "stream", "redis", "connections", "agents", "soak")
 _FULL = {"repeats": 11, "heaps": (64, 1024, 4096), "rates": (0, 10, 100)}
 _SHORT = {"repeats": 3, "heaps": (64, 1024), "rates": (0, 100)}
 _STREAM_MIB = 256
@@ -49,6 +49,9 @@ def run(parts: Sequence[str], heaps: Sequence[int], rates: Sequence[int], repeat
         program = downtime.criu_program()
         absent = [{"skipped": "CRIU 4.2 is not here; PHAUL_CRIU can say where it is"}]
         results["criu"] = [downtime.by_criu(program, *cell, min(repeats, 3)) for cell in cells] if program else absent
+    if "lxc" in parts:
+        with two_hosts() as hosts:
+            results["lxc"] = lxc.measure(hosts, repeats)
     if "stream" in parts:
         results["stream"] = page_stream.measure(_STREAM_MIB << 20, repeats)
     if "redis" in parts:

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.figures import Figures
 from benchmarks.references import aim
 from tests.hosts import Hosts
-from tests.hosts.migrate import migrate, moving_service
+from tests.hosts.migrate import Migration, migrate, moving_service
 from tests.subjects.programs import Subject, build, parse_status, start_echo_client, start_echo_server, start_heap
 
 _CONTROL_S = 2.0  # seconds that the subject is watched without a migration, about as long as one takes
@@ -59,6 +59,11 @@ def _move(hosts: Hosts, subject: Subject, figures: Figures) -> None:
     figures.add("counter_ms", subject.number("move_us") / 1000)
     figures.add("phaul_ms", done.downtime_ms)
     figures.add("longest_ms", subject.number("gap_us") / 1000)
+    note_phases(done, figures)
+
+
+def note_phases(done: Migration, figures: Figures) -> None:
+    """What phaul says of its surveys, its rounds, and the parts of its downtime."""
     figures.add("survey_ms", max(float(event["stood_ms"]) for event in done.of("surveyed")))
     phases = done.of("phase")
     for phase in phases:

@@ -1,9 +1,10 @@
 """Redis under a writing client, moved to and fro many times: nothing is lost, nothing is left, nothing grows.
 
-    python -m benchmarks.soak [--count 100] [--heap MIB]
+    python -m benchmarks.soak [--count 100] [--heap MIB] [--lxc]
 
 After every migration both hosts are audited but for the moved program itself, and the descriptors and resident memory
-of redis are noted. Agents end with their migration; that none is left is part of the audit.
+of redis are noted. Agents end with their migration; that none is left is part of the audit. With --lxc it is a
+container with redis and other servers that moves (`benchmarks.lxc_soak`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 import sys
 import time
 
+from benchmarks import lxc_soak
 from benchmarks.figures import p90
 from tests.demo import fill
 from tests.hosts import Hosts, two_hosts
@@ -69,9 +71,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.soak", description="redis moves to and fro many times")
     parser.add_argument("--count", type=int, default=100, help="migrations (default: %(default)s)")
     parser.add_argument("--heap", type=int, default=16, help="MiB of data in redis (default: %(default)s)")
+    parser.add_argument("--lxc", action="store_true", help="a container of LXC, under clients of redis, HTTP and ssh")
     options = parser.parse_args()
     with two_hosts() as hosts:
-        problems = soak(hosts, options.count, options.heap)
+        problems = lxc_soak.soak(hosts, options.count) if options.lxc else soak(hosts, options.count, options.heap)
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     return 1 if problems else 0

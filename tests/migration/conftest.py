@@ -8,14 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.hosts import Host, Hosts
+from tests.hosts.bridges import bridged
 from tests.hosts.migrate import Migration, migrate, moving_service
 from tests.subjects.programs import Subject, start_echo_client, start_echo_server, start_heap, wait_until
-
-BRIDGE = "brc"
-
-
-def _ip(host: Host, words: str) -> None:
-    host.run(["ip", *words.split()])
 
 
 @pytest.fixture(autouse=True)
@@ -89,18 +84,6 @@ def echo(hosts: Hosts) -> Iterator[tuple[Subject, Subject]]:
 
 @pytest.fixture
 def bridges(hosts: Hosts) -> Iterator[None]:
-    """On both hosts a bridge, with eth0 as a port, that has the host's addresses."""
-    pair = (hosts.a, hosts.b)
-    for host in pair:
-        _ip(host, f"link add {BRIDGE} type bridge")
-        _ip(host, f"link set {BRIDGE} address {host.spec.mac} up")
-        _ip(host, "addr flush dev eth0")
-        _ip(host, f"link set eth0 master {BRIDGE}")
-        _ip(host, f"addr add {host.address}/24 dev {BRIDGE}")
-        _ip(host, f"addr add {host.address6}/64 dev {BRIDGE} nodad")
-    yield
-    for host in pair:
-        _ip(host, f"link del {BRIDGE}")
-        _ip(host, f"addr add {host.address}/24 dev eth0")
-        _ip(host, f"addr add {host.address6}/64 dev eth0 nodad")
-    hosts.reset()
+    """`tests.hosts.bridges`."""
+    with bridged(hosts):
+        yield

@@ -9,11 +9,11 @@ import pytest
 
 from tests import debian
 from tests.hosts import Host, Hosts
+from tests.hosts.bridges import BRIDGE
 from tests.hosts.migrate import fault
 from tests.subjects.lxc import (
     ADDRESS,
     BASIC,
-    BRIDGE,
     MAC,
     NETWORK,
     UNPRIVILEGED,

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import pytest
 
 from tests.hosts import Host, Hosts
-from tests.migration.conftest import BRIDGE, Mover
+from tests.hosts.bridges import BRIDGE
+from tests.migration.conftest import Mover
 from tests.subjects.programs import Subject, build, start, start_echo_client, wait_until
 
 _ADDRESS, _ADDRESS6, _MAC, _PORT = "10.77.0.50", "fd77::50", "02:77:00:00:00:50", 7777
-_BRIDGE, _OUTER = BRIDGE, "veth-web"
+_OUTER = "veth-web"
 _SERVE = f"""
 until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
 ip link set lo up
@@ -42,7 +43,7 @@ def web(hosts: Hosts, bridges: None) -> Iterator[Subject]:
 
     def attach(pid: int) -> None:
         _ip(hosts.a, f"link add {_OUTER} type veth peer name eth0 netns {pid}")
-        _ip(hosts.a, f"link set {_OUTER} master {_BRIDGE} up")
+        _ip(hosts.a, f"link set {_OUTER} master {BRIDGE} up")
 
     server = start(hosts.a, with_network, status, attach)
     wait_until(lambda: "tentative" not in _in_network(hosts.a, server.pid, "ip addr"), "its addresses are its own")
@@ -60,7 +61,7 @@ def test_clients_of_a_container_lose_nothing(hosts: Hosts, web: Subject, mover: 
         mover.move(web, ["--tcp", "established"])
         client.goes_on("requests")
         wait_until(lambda host=source: _OUTER not in _ip(host, "link show"), "the source's end is gone")  # type: ignore[misc]
-        assert f"master {_BRIDGE}" in _ip(destination, f"link show {_OUTER}")
+        assert f"master {BRIDGE}" in _ip(destination, f"link show {_OUTER}")
         moved = json.loads(_in_network(destination, web.pid, "ip -json -d addr show dev eth0"))[0]
         for volatile in ("link_index", "link_netnsid"):
             link.pop(volatile, None)
@@ -76,17 +77,17 @@ def test_clients_of_a_container_lose_nothing(hosts: Hosts, web: Subject, mover: 
 
 
 def test_a_bridge_that_is_not_there(hosts: Hosts, web: Subject, mover: Mover) -> None:
-    _ip(hosts.b, f"link set {_BRIDGE} name other")
+    _ip(hosts.b, f"link set {BRIDGE} name other")
     try:
         client = start_echo_client(hosts.client, _ADDRESS)
         migration = mover.try_to_move(web.pid, hosts.a)
         assert migration.outcome == "refused", str(migration)
-        assert f"network device eth0 uses a bridge {_BRIDGE}" in migration.reason
+        assert f"network device eth0 uses a bridge {BRIDGE}" in migration.reason
         client.goes_on("requests")
         client.finish()
         assert _OUTER not in _ip(hosts.b, "link show")
     finally:
-        _ip(hosts.b, f"link set other name {_BRIDGE}")
+        _ip(hosts.b, f"link set other name {BRIDGE}")
 
 
 def test_a_network_that_nothing_comes_in_to(hosts: Hosts, mover: Mover) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from tests import debian
 from tests.hosts import Host, Hosts
+from tests.hosts.bridges import BRIDGE
 from tests.hosts.migrate import Migration, parse
 from tests.subjects.programs import build, parse_status, wait_until
 
-BRIDGE, ADDRESS, ADDRESS6, MAC = "brc", "10.77.0.50", "fd77::50", "02:77:00:00:00:50"
+ADDRESS, ADDRESS6, MAC = "10.77.0.50", "fd77::50", "02:77:00:00:00:50"
 NETWORK = f"""lxc.net.0.type = veth
 lxc.net.0.link = {BRIDGE}
 lxc.net.0.flags = up
@@ -28,6 +29,8 @@ UNPRIVILEGED = f"""lxc.include = /usr/share/lxc/config/userns.conf
 lxc.idmap = u 0 {FIRST_ID} 65536
 lxc.idmap = g 0 {FIRST_ID} 65536
 """
+LOG = "/tmp/lxc.log"
+"""What lxc-start says, on the host."""
 _HOME = "/var/lib/lxc"
 _IDS = "/run/subordinate-ids"
 _INIT = """#!/bin/busybox sh
@@ -67,9 +70,8 @@ class Container:
 
     def start(self, host: Host) -> None:
         """Start it; LXC's own words if that fails."""
-        log = "/tmp/lxc.log"
-        done = host.run(["lxc-start", "-n", self.name, "-l", "INFO", "-o", log], check=False)
-        assert done.returncode == 0, f"{done.stderr}\n{host.path(log).read_text()[-3000:]}"
+        done = host.run(["lxc-start", "-n", self.name, "-l", "INFO", "-o", LOG], check=False)
+        assert done.returncode == 0, f"{done.stderr}\n{host.path(LOG).read_text()[-3000:]}"
 
     def info(self, host: Host) -> dict[str, str]:
         """What lxc-info says."""
@@ -140,10 +142,10 @@ def forbid_ids(host: Host) -> None:
     host.path(_IDS).unlink()
 
 
-def make_debian_root(root: Path, *, unprivileged: bool) -> None:
+def make_debian_root(root: Path, *, unprivileged: bool, packages: Sequence[str] = debian.PACKAGES) -> None:
     """A Debian with systemd. A privileged one has no services that systemd gives BPF programs to."""
     root.parent.mkdir(parents=True)
-    debian.copy(root, FIRST_ID if unprivileged else 0)
+    debian.copy(root, FIRST_ID if unprivileged else 0, packages)
     for unit in () if unprivileged else ("systemd-journald", "systemd-logind"):
         place = root / "etc" / "systemd" / "system" / f"{unit}.service.d"
         place.mkdir()

@@ -35,12 +35,18 @@ http {{
 
 
 @dataclass
-class Server:
+class Service:
+    """What a client connects to."""
+
+    address: str
+    port: int
+
+
+@dataclass
+class Server(Service):
     """A server that listens; `process` is its leader."""
 
     process: Process
-    address: str
-    port: int
 
     @property
     def pid(self) -> int:
@@ -70,7 +76,7 @@ def _start(host: Host, words: list[str], address: str, port: int, log: str) -> S
         return _listens(host, port)
 
     wait_until(ready, f"{words[0]} listens on port {port}")
-    return Server(process, address, port)
+    return Server(address, port, process)
 
 
 def start_redis(host: Host, address: str, directory: str = "/srv/shared/redis", port: int = 6379) -> Server:
@@ -110,7 +116,7 @@ class RequestClient:
     """request_client.py at work on a host, which is the client and does not move: `kind` is files, visits,
     counter or memcached."""
 
-    def __init__(self, host: Host, kind: str, server: Server, *, connections: int = 4) -> None:
+    def __init__(self, host: Host, kind: str, server: Service, *, connections: int = 4) -> None:
         program = Path(__file__).with_name("request_client.py")
         words = [str(virtual_environment() / "bin" / "python"), "-S", "-E", str(program)]
         words += [kind, server.address, str(server.port), str(connections)]
