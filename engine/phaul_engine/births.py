@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from . import catching, plan
 from .arena import OwnArena, Seat
 from .clocks import Clocks
-from .errors import GoneError, RebuildError
+from .errors import EngineError, GoneError, RebuildError
 from .images.pb import vma_pb2
 from .namespaces import lodging
 from .namespaces import pid as pid_namespace
@@ -24,7 +24,7 @@ from .objects import address_space, seccomp, tty
 from .objects.base import Restoration, SkeletonTask
 from .program import Program, Results
 from .syscalls import NR
-from .target import Tracer, seccomp_filters
+from .target import Tracer, reap, seccomp_filters
 from .transfer import Passage, Table
 
 _THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM FS FILES SIGHAND THREAD SYSVSEM (clone(2))
@@ -219,7 +219,10 @@ class Births:
         if self._caught:
             if node.placeholder:
                 raise RebuildError("the container's first process leads no session, which its runtime gives it here")
-            self.tasks[node.pid] = task = self._spawn(node)
+            with contextlib.ExitStack() as failed:
+                failed.callback(self._end_caught)
+                self.tasks[node.pid] = task = self._spawn(node)
+                failed.pop_all()
             self._introduce(task)
             self.namespaces.settle_caught(self._restoration.tasks[node.pid], lambda program: self.run(task, program))
             return
@@ -316,6 +319,13 @@ class Births:
         program.order(NR.setns, theirs, _NEWTIME, label="enter a time namespace")
         task.table.close(program, [theirs])
         self.run(task, program)
+
+    def _end_caught(self) -> None:
+        """It cannot become a task: its runtime learns of its end only when its tracer has taken notice of it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._caught, signal.SIGKILL)
+        with contextlib.suppress(EngineError):
+            reap(self._tracer, [self._caught])
 
     def _take_in(self, pid: int) -> None:
         """Put a process that was caught into the cgroup that all others are born into."""

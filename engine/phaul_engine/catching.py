@@ -7,20 +7,23 @@ devices. The process that is about to become the container's init becomes the ro
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from . import calls
 from .errors import RebuildError
 from .native import failure, ffi, lib, new_error
 from .target import Tracer
 
-ROOT, PLUGS = "caught", "caught plugs"
-"""The options of a `Restoration` that give the pid of a process that was caught, and its `Caught.plugs`."""
-NOTHING: dict[str, Any] = {ROOT: 0, PLUGS: {}}
+ROOT, PLUGS, PIPES = "caught", "caught plugs", "caught pipes"
+"""The options of a `Restoration` that give the pid of a process that was caught, its `Caught.plugs` and `.pipes`."""
+NOTHING: dict[str, Any] = {ROOT: 0, PLUGS: {}, PIPES: {}}
 """The same where nothing was caught, whatever others say."""
 
 _SAID = 300  # characters of what a failed command has said
@@ -29,20 +32,23 @@ _SAID = 300  # characters of what a failed command has said
 @dataclass(frozen=True)
 class Caught:
     """The first process of a container, which is stopped, and dies with the tracer. `plugs` are the bridges that
-    network devices, by their indexes, were to be plugged into. None was: the container's addresses would be heard."""
+    network devices, by their indexes, were to be plugged into. None was: the container's addresses would be heard.
+    `pipes` are duplicates of those of its standard descriptors that are pipes, by number."""
 
     pid: int
     plugs: dict[int, str]
+    pipes: dict[int, int]
 
     @property
     def options(self) -> dict[str, Any]:
         """What a `Restoration` has to know."""
-        return {ROOT: self.pid, PLUGS: self.plugs}
+        return {ROOT: self.pid, PLUGS: self.plugs, PIPES: self.pipes}
 
 
-def catch(tracer: Tracer, command: Sequence[str], timeout: float) -> Caught:
+def catch(tracer: Tracer, command: Sequence[str], timeout: float, *, privileged: bool = False) -> Caught:
     """Run a command that starts a container and ends. RebuildError if it fails, or takes longer than `timeout`
-    seconds."""
+    seconds. `privileged`: the process keeps the capabilities and ids that its runtime would take from it before it
+    executes the program; what the tree had of them is set in the end."""
     path = shutil.which(command[0])
     if path is None:
         raise RebuildError(f"{command[0]} is not installed here")
@@ -54,6 +60,7 @@ def catch(tracer: Tracer, command: Sequence[str], timeout: float) -> Caught:
         name = ffi.new("char[]", os.fsencode(path))
         wanted.path, wanted.argv, wanted.environment = name, argv, environment
         wanted.input, wanted.output, wanted.timeout_ms = nothing.fileno(), said.fileno(), int(timeout * 1000)
+        wanted.privileged = privileged
         err = new_error()
         pid = int(lib.ph_catch(tracer.handle, wanted, err))
         if pid < 0:
@@ -61,4 +68,20 @@ def catch(tracer: Tracer, command: Sequence[str], timeout: float) -> Caught:
             text = said.read().decode(errors="replace").strip()[-_SAID:]
             raise RebuildError(f"{' '.join(command)} failed: {failure(err)}{': ' if text else ''}{text}")
         plugs = [wanted.plugs[index] for index in range(wanted.plug_count)]
-        return Caught(pid, {one.port: os.fsdecode(ffi.string(one.bridge)) for one in plugs})
+        bridges = {one.port: os.fsdecode(ffi.string(one.bridge)) for one in plugs}
+        return Caught(pid, bridges, _pipes(pid))
+
+
+def _pipes(pid: int) -> dict[int, int]:
+    pidfd, found = os.pidfd_open(pid), {}
+    try:
+        for number in range(3):
+            with contextlib.suppress(OSError):  # it was started without
+                fd = calls.pidfd_getfd(pidfd, number)
+                if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                    found[number] = fd
+                else:
+                    os.close(fd)
+    finally:
+        os.close(pidfd)
+    return found

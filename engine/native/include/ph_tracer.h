@@ -226,14 +226,18 @@ struct ph_catch {
 	char *const *environment;
 	int32_t input, output; /* descriptors; its standard error is `output` too */
 	int32_t timeout_ms;
-	uint32_t plug_count; /* out */
+	_Bool privileged;       /* the first process keeps what its runtime would take from it */
+	uint32_t plug_count;    /* out */
 	struct ph_plug plugs[PH_PLUGS];
 };
 
 /* Run a command that goes to its end with exit status 0, having started a process in a pid namespace of its own, and
    catch that before it has run any instruction of its program. Returns its pid: traced (EXITKILL, births followed), and
    stopped; nothing else of what was started is traced any more. -1: none of it is left, so far as it was traced.
-   Nothing is plugged into bridges meanwhile (SIOCBRADDIF of netdevice(7)): what would have been stands in `plugs`. */
+   Nothing is plugged into bridges meanwhile (SIOCBRADDIF of netdevice(7)): what would have been stands in `plugs`.
+   With `privileged` no call of the first process is made that would take capabilities or its ids from it, or confine it
+   by a filter (capabilities(7), setuid(2), seccomp(2)): a runtime that takes them before the program is executed would
+   leave a task that nothing can be built in. */
 long ph_catch (struct ph_tracer *tracer, struct ph_catch *wanted, struct ph_error *err);
 
 /* Make a caught process the root of a skeleton, with the descriptors, the arena and the clocks of `birth`; it stays in

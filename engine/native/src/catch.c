@@ -6,6 +6,7 @@
 #include <asm/unistd.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/seccomp.h>
 #include <linux/sockios.h>
 #include <net/if.h>
 #include <signal.h>
@@ -165,6 +166,32 @@ unplug (struct hunt *hunt, pid_t pid, uint64_t argument)
 	plug->port = request.ifr_ifindex;
 }
 
+/* Whether a call takes privileges from its thread, or confines it. */
+static bool
+gives_up (const struct __ptrace_syscall_info *info)
+{
+	const uint64_t *args = (const uint64_t *) info->entry.args;
+
+	switch (info->entry.nr)
+		{
+		case __NR_capset:
+		case __NR_setuid:
+		case __NR_setgid:
+		case __NR_setreuid:
+		case __NR_setregid:
+		case __NR_setresuid:
+		case __NR_setresgid:
+		case __NR_setgroups:
+			return true;
+		case __NR_prctl:
+			return args[0] == PR_CAPBSET_DROP || args[0] == PR_SET_SECCOMP || args[0] == PR_SET_SECUREBITS;
+		case __NR_seccomp: /* without a filter it asks what the kernel knows */
+			return args[0] == SECCOMP_SET_MODE_FILTER && args[2] != 0;
+		default:
+			return false;
+		}
+}
+
 /* The entry of a system call, or its exit. A call that is not made has number -1 in between, and succeeds. */
 static void
 look_at_call (struct hunt *hunt, pid_t pid)
@@ -175,18 +202,19 @@ look_at_call (struct hunt *hunt, pid_t pid)
 
 	if (ptrace (PTRACE_GET_SYSCALL_INFO, pid, sizeof (info), &info) <= 0)
 		return;
-	bool plugs = info.op == PTRACE_SYSCALL_INFO_ENTRY && info.entry.nr == __NR_ioctl && info.entry.args[1] == SIOCBRADDIF;
-	if (!plugs && info.op != PTRACE_SYSCALL_INFO_EXIT)
+	bool entry = info.op == PTRACE_SYSCALL_INFO_ENTRY;
+	bool plugs = entry && info.entry.nr == __NR_ioctl && info.entry.args[1] == SIOCBRADDIF;
+	bool keeps = entry && hunt->wanted->privileged && gives_up (&info) && is_first (pid);
+	if (!plugs && !keeps && info.op != PTRACE_SYSCALL_INFO_EXIT)
 		return;
 	if (info.op == PTRACE_SYSCALL_INFO_EXIT && info.exit.rval != -ENOSYS)
 		return;
 	if (trace_get_regs (pid, &regs, &ignored) < 0)
 		return;
 	if (plugs)
-		{
-			unplug (hunt, pid, info.entry.args[2]);
-			regs.orig_rax = ~0ul;
-		}
+		unplug (hunt, pid, info.entry.args[2]);
+	if (plugs || keeps)
+		regs.orig_rax = ~0ul;
 	else if (regs.orig_rax == ~0ul)
 		regs.rax = 0;
 	trace_set_regs (pid, &regs, &ignored);

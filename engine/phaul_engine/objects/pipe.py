@@ -2,6 +2,9 @@
 
 The content is copied with tee(2) and stays where it is. In packet mode every read of the copy gives one packet, whose
 sizes go into the image beside the bytes.
+
+A container's standard descriptors may be pipes to its runtime's monitor, which does not move: the runtime at the
+destination, which has started the container there (`catching`), has made others, and the tree gets those.
 """
 
 from __future__ import annotations
@@ -10,16 +13,20 @@ import fcntl
 import os
 import select
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from phaul_engine import calls
+from phaul_engine import calls, catching
 from phaul_engine.errors import ImageError, RebuildError
 from phaul_engine.images.pb import fdinfo_pb2, pipe_data_pb2, pipe_pb2
 
 from .base import Collection, Descriptor, DescriptorKind, Restoration, descriptor_kind
 from .description import open_again, settle_status, signal_owner, status_flags
+
+MONITORED = "monitored pipes"
+"""The option that tells of pipes to the monitor of a container's runtime: for each its inode, and which of the standard
+descriptors it was at first."""
 
 _F_SETPIPE_SZ = 1031
 _F_GETPIPE_SZ = 1032
@@ -95,15 +102,16 @@ def waits(collection: Collection) -> bool:
     return collection.survey and "in flight" in collection.scratch
 
 
-def _poll(fd: int) -> int:
+def _poll(fd: int, wanted: int = 0) -> int:
     poll = select.poll()
-    poll.register(fd, 0)
+    poll.register(fd, wanted)
     return sum(event for _, event in poll.poll(0))
 
 
 @dataclass
 class Rebuilt:
-    """A pipe at the destination: both ends, held until the tree runs."""
+    """A pipe at the destination: both ends, held until the tree runs. Of one to a monitor we have one end, the other is
+    -1."""
 
     reader: int
     writer: int
@@ -151,7 +159,7 @@ def _write(writer: int, content: bytes, packets: list[int]) -> None:
 def close_all(pipes: Iterable[Rebuilt]) -> None:
     """Close the engine's ends: from now on only the tree's keep the pipes open."""
     for pipe in pipes:
-        for fd in {pipe.reader, pipe.writer}:
+        for fd in {pipe.reader, pipe.writer} - {-1}:
             os.close(fd)
 
 
@@ -179,6 +187,9 @@ class Pipe(DescriptorKind):
 
     def finish(self, collection: Collection) -> None:
         for pipe_id, ends in collection.scratch.pop(self.name, {}).items():
+            if pipe_id in _monitored(collection.options):
+                _refuse_unread(ends, collection)
+                continue
             missing = other_end_is_elsewhere(ends)
             if missing and not waits(collection):
                 collection.block(
@@ -194,13 +205,13 @@ class Pipe(DescriptorKind):
         pipe = _pipe(entry.pipe.pipe_id, restoration)
         flags = entry.pipe.flags
         if not flags & _O_LARGEFILE:  # made by pipe(2): whatever open(2) makes has this flag
-            if flags & os.O_ACCMODE == os.O_RDONLY and not pipe.reader_given:
+            if flags & os.O_ACCMODE == os.O_RDONLY and pipe.reader >= 0 and not pipe.reader_given:
                 pipe.reader_given = True
                 return fcntl.fcntl(pipe.reader, fcntl.F_DUPFD_CLOEXEC, 0)
-            if flags & os.O_ACCMODE == os.O_WRONLY and not pipe.writer_given:
+            if flags & os.O_ACCMODE == os.O_WRONLY and pipe.writer >= 0 and not pipe.writer_given:
                 pipe.writer_given = True
                 return fcntl.fcntl(pipe.writer, fcntl.F_DUPFD_CLOEXEC, 0)
-        return open_again(pipe.reader, flags & os.O_ACCMODE | os.O_NONBLOCK)
+        return open_again(max(pipe.reader, pipe.writer), flags & os.O_ACCMODE | os.O_NONBLOCK)
 
     def settle(self, entry: fdinfo_pb2.file_entry, fd: int, restoration: Restoration) -> None:
         record = _data(restoration).get(entry.pipe.pipe_id)
@@ -210,6 +221,9 @@ class Pipe(DescriptorKind):
 
     def release(self, restoration: Restoration) -> None:
         close_all(restoration.scratch.pop(self.name, {}).values())
+        caught = restoration.options.get(catching.PIPES, {})
+        while caught:
+            os.close(caught.popitem()[1])
 
     def discard(self, restoration: Restoration) -> None:
         self.release(restoration)
@@ -218,8 +232,32 @@ class Pipe(DescriptorKind):
 def _pipe(pipe_id: int, restoration: Restoration) -> Rebuilt:
     pipes: dict[int, Rebuilt] = restoration.scratch.setdefault(Pipe.name, {})
     if pipe_id not in pipes:
-        pipes[pipe_id] = Rebuilt(*os.pipe2(os.O_CLOEXEC))
+        number = _monitored(restoration.options).get(pipe_id)
+        pipes[pipe_id] = Rebuilt(*os.pipe2(os.O_CLOEXEC)) if number is None else _of_monitor(number, restoration)
     return pipes[pipe_id]
+
+
+def _monitored(options: Mapping[str, Any]) -> dict[int, int]:
+    """What `MONITORED` says: standard descriptors, by pipe id."""
+    return {int(inode) & _MASK: int(number) for inode, number in options.get(MONITORED, ())}
+
+
+def _refuse_unread(ends: list[Descriptor], collection: Collection) -> None:
+    """What the monitor has written and nobody has read stays in the pipe."""
+    reader = next((end for end in ends if reads(end.info.flags)), None)
+    if reader is not None and not writes(reader.info.flags) and _poll(reader.own, select.POLLIN) & select.POLLIN:
+        why, advice = "it would be lost", "try again when the program has read it"
+        collection.block(reader, "a pipe from the container's monitor with unread input", why, advice, passing=True)
+
+
+def _of_monitor(number: int, restoration: Restoration) -> Rebuilt:
+    """What the runtime has made here."""
+    fd = restoration.options.get(catching.PIPES, {}).get(number)
+    if fd is None:
+        what = f"the runtime has given the container no pipe here for its standard descriptor {number}"
+        raise RebuildError(what, advice="create it there with the same options")
+    own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    return Rebuilt(own, -1) if number == 0 else Rebuilt(-1, own)
 
 
 def _data(restoration: Restoration) -> dict[int, tuple[pipe_data_pb2.pipe_data_entry, bytes]]:

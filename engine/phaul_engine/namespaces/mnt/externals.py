@@ -26,6 +26,12 @@ def given(options: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+RUNTIME = b"phaul:runtime"
+"""The key of what the container's runtime has mounted there, as it will have at the destination."""
+MOUNTED = "runtime mounts"
+"""Of a dump: mount points of this host that the runtime has made for this container alone. What is mounted from there
+is the tree's own; all else that comes from outside is what the runtime mounts (`RUNTIME`)."""
+
 TREES = "trees"
 """Of a dump: directories of this host that mounts are looked for in first."""
 PLACES = "places"

@@ -103,7 +103,7 @@ class Judge:
         left = [entry for entry in self._tree.order() if not self._given(entry, of_root=of_root)]
         left = [entry for entry in left if not self._below(entry)]
         for entry in sorted(left, key=lambda entry: len(entry.root)):  # what is wider first: it may hold the others
-            if not self._below(entry) and not self._anew(entry) and not self._found(entry):
+            if not self._below(entry) and not self._anew(entry) and not self._found(entry, of_root=of_root):
                 self._block(entry, where)
         for entry in self._tree.entries.values():
             if entry.shared_id in self._host.groups:
@@ -142,13 +142,15 @@ class Judge:
         self._known.add(self._device(entry), b"/")
         return True
 
-    def _found(self, entry: mnt_pb2.mnt_entry) -> bool:
+    def _found(self, entry: mnt_pb2.mnt_entry, *, of_root: bool) -> bool:
         if entry.deleted:
             return False
         path = self._host.path(self._device(entry), entry.root, self._inodes.get(entry.mnt_id))
         if not path:
             return False
-        entry.ext_key, entry.source = externals.FOUND, os.fsencode(path)
+        of_runtime = of_root and externals.MOUNTED in self._collection.options
+        entry.ext_key = externals.RUNTIME if of_runtime else externals.FOUND
+        entry.source = os.fsencode(path)
         self._known.add(self._device(entry), entry.root)
         return True
 

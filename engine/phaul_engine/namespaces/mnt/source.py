@@ -110,7 +110,9 @@ def collect(view: NamespaceView, collection: Collection) -> None:
     memory: dict[str, Any] = collection.memory.setdefault(_MEMORY, {"seen": {}, "kept": {}})
     now = collection.scratch.get(_MEMORY)
     if now is None:
-        now = collection.scratch[_MEMORY] = Pass(Host(own_mounts(), collection.options.get(externals.TREES, ())))
+        alone = collection.options.get(externals.MOUNTED, ())
+        mounts = [mount for mount in own_mounts() if mount.point not in alone]
+        now = collection.scratch[_MEMORY] = Pass(Host(mounts, collection.options.get(externals.TREES, ())))
     with ExitStack() as stack:
         reader = _Reader(view, stack)
         text = reader.mounts()

@@ -382,14 +382,18 @@ def _worker(built: Built) -> Worker:
 
 
 def _is_of_runtime(entry: mnt_pb2.mnt_entry) -> bool:
-    """Whether a mount has the consoles in it whose masters the runtime holds."""
+    """Whether a mount is what the runtime mounts, or has the consoles in it whose masters the runtime holds."""
     kind = filesystems.kind_of(entry)
-    return (kind, entry.mountpoint, entry.root) == ("devpts", b"/dev/pts", b"/")
+    return entry.ext_key == externals.RUNTIME or (kind, entry.mountpoint, entry.root) == ("devpts", b"/dev/pts", b"/")
 
 
 def _clone_inside(namespace: int, point: bytes) -> int:
     """What the runtime of a container has mounted, in a namespace that it has made (`catching`)."""
-    return places.inside({"mnt": namespace}, lambda: api.clone(os_text(point)))
+    try:
+        return places.inside({"mnt": namespace}, lambda: api.clone(os_text(point)))
+    except OSError as error:
+        what = f"the runtime has mounted nothing at {os_text(point)} of the container here: {error.strerror}"
+        raise RebuildError(what, advice="create the container there with the same options") from error
 
 
 def _clone_outside(path: str, entry: mnt_pb2.mnt_entry) -> int:
