@@ -257,7 +257,7 @@ class Desk:
         found = facts.program_facts(workload.pid, options, Store(self._state_directory))
         self._told = {file.path for file in found.questions.needed}
         haul = bool(content.get("haul"))
-        asked = [trees.describe(path, counted=haul) for path in workload.trees]
+        asked = [trees.describe(path, counted=haul, room=path in workload.rooms) for path in workload.trees]
         questions = replace(found.questions, workload=kind, facts=workload.facts, haul=haul)
         questions = self._kept.enter_context(facts.tokens(questions))
         questions = replace(questions, trees=self._kept.enter_context(trees.with_tokens(asked)))

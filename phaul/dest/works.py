@@ -290,7 +290,7 @@ class DestinationWorks:
         )
         self.journal = self._store.create(row)
         if hauled:
-            self._arriving = Arriving(hauled, self.migration, self.answer)
+            self._arriving = Arriving(hauled, self.migration, self.answer, self._rooms())
             self.journal.note(undo=tuple(Undo(**entry) for entry in self._arriving.entries()))
             self._arriving.make()
 
@@ -365,15 +365,24 @@ class DestinationWorks:
 
     def _make_ready(self) -> workloads.Place:
         """Have the runtime that the program will belong to make a place for it."""
+        kind, facts, note = self._workload()
+        return workloads.of(kind).prepare(facts, note, self._tracer, self._places)
+
+    def _rooms(self) -> dict[str, str]:
+        """Where the runtime has directories that come along."""
+        kind, facts, note = self._workload()
+        return workloads.of(kind).rooms(facts, note)
+
+    def _workload(self) -> tuple[str, dict[str, Any], workloads.Note]:
+        """Its kind, what the source says of it, and what notes go to."""
         kind, facts = str(self._settings.get("workload", "pid")), dict(self._settings.get("facts", {}))
         journal = self.journal
-        if journal is None or kind == "pid":
-            return workloads.Place()
 
         def note(notes: dict[str, Any]) -> None:
-            journal.note(workload={"kind": kind, "notes": notes})
+            if journal is not None:
+                journal.note(workload={"kind": kind, "notes": notes})
 
-        return workloads.of(kind).prepare(facts, note, self._tracer, self._places)
+        return kind, facts, note
 
     def _find_register(self) -> Arbiter:
         """The arbiter's register of this migration, which the source has made."""

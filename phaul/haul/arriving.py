@@ -11,7 +11,7 @@ import shutil
 import stat
 import subprocess
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,20 @@ _LONGEST = 1 << 62  # bytes of a file
 
 class Arriving:
     """The trees of one migration. `reply` sends a letter to the source, from any thread. Letters are taken one at a
-    time."""
+    time. `rooms` are places of trees that a runtime has made for them, and looks after."""
 
-    def __init__(self, trees: Iterable[str], migration: str, reply: Callable[[bytes], None]) -> None:
-        self._trees = [_Tree(check_place(path), beside.staged_name(path, migration)) for path in trees]
+    def __init__(
+        self,
+        trees: Iterable[str],
+        migration: str,
+        reply: Callable[[bytes], None],
+        rooms: Mapping[str, str] | None = None,
+    ) -> None:
+        rooms = rooms or {}
+        self._trees = [
+            _Room(rooms[path]) if path in rooms else _Tree(check_place(path), beside.staged_name(path, migration))
+            for path in trees
+        ]
         self._reply = reply
         self._server: rsync.Server | None = None
         self.complete = False
@@ -44,17 +54,23 @@ class Arriving:
     @property
     def places(self) -> Places:
         """Where they are until they have their names."""
-        return Places(tuple((tree.final, tree.staged) for tree in self._trees))
+        return Places(tuple((tree.final, tree.staged) for tree in self._beside))
+
+    @property
+    def _beside(self) -> list[_Tree]:
+        """Those that are not under their final names yet."""
+        return [tree for tree in self._trees if tree.final != tree.staged]
 
     def entries(self) -> list[dict[str, Any]]:
         """For the journal, before `make`."""
-        return [beside.entry(tree.final, tree.staged, missing_above(tree.final)) for tree in self._trees]
+        return [beside.entry(tree.final, tree.staged, missing_above(tree.final)) for tree in self._beside]
 
     def make(self) -> None:
         """Make the directories. PhaulError where a place is taken."""
-        for tree in self._trees:
+        for tree in self._beside:
             for directory in missing_above(tree.final):
                 os.mkdir(directory, 0o755)
+        for tree in self._trees:
             tree.make()
 
     def take(self, body: bytes) -> None:
@@ -307,6 +323,16 @@ class _Tree:
         if self._parent[1] >= 0:
             os.close(self._parent[1])
         self._parent = "", -1
+
+
+class _Room(_Tree):
+    """A place that is there: what comes goes to where it stays."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place, place)
+
+    def make(self) -> None:
+        self._fd = os.open(self.staged, _PLACE | os.O_CLOEXEC)
 
 
 def _size(value: Any) -> int:

@@ -27,7 +27,8 @@ _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 @dataclass(frozen=True)
 class Tree:
     """A directory that the workload lives on. `token` is the name of a file in it with `secret`; `names` and `size`
-    (bytes) are what would be sent. `problem` is why it cannot be."""
+    (bytes) are what would be sent. `problem` is why it cannot be. A tree with a `room` is a file system that its
+    runtime has mounted for it, and will have mounted somewhere at the destination, with much of the same in it."""
 
     path: str
     names: int = 0
@@ -35,6 +36,7 @@ class Tree:
     token: str = ""
     secret: str = ""
     problem: str = ""
+    room: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,14 @@ class TreeAnswer:
     rsync: bool = False
 
 
-def describe(path: str, *, counted: bool) -> Tree:
+def describe(path: str, *, counted: bool, room: bool = False) -> Tree:
     """A directory at the source; `counted` if it may have to be sent."""
     if not counted:
-        return Tree(path)
+        return Tree(path, room=room)
     inside = _mounted_inside(path)
     if inside:
         return Tree(path, problem=f"{inside} is a mount of its own in it, and only what is on one file system is sent")
-    return Tree(path, *index.count(path))
+    return Tree(path, *index.count(path), room=room)
 
 
 def _mounted_inside(path: str) -> str:
@@ -63,9 +65,9 @@ def _mounted_inside(path: str) -> str:
 
 @contextlib.contextmanager
 def with_tokens(trees: Iterable[Tree]) -> Iterator[tuple[Tree, ...]]:
-    """The trees with a token in each, for as long as the destination is asked."""
+    """The trees with a token in each that may be shared, for as long as the destination is asked."""
     with contextlib.ExitStack() as stack:
-        yield tuple(stack.enter_context(_with_token(tree)) for tree in trees)
+        yield tuple(tree if tree.room else stack.enter_context(_with_token(tree)) for tree in trees)
 
 
 @contextlib.contextmanager
@@ -83,9 +85,12 @@ def _with_token(tree: Tree) -> Iterator[Tree]:
 
 def answer(tree: Tree) -> TreeAnswer:
     """The destination's part: look, and touch nothing."""
+    path = Path(tree.path)
+    if tree.room:
+        above = next(one for one in path.parents if one.is_dir())
+        return TreeAnswer("free", free=shutil.disk_usage(above).free, rsync=rsync.here())
     if tokens.sees(tree.token, tree.secret, tree.path):
         return TreeAnswer("shared")
-    path = Path(tree.path)
     if os.path.lexists(path) and (not path.is_dir() or path.is_symlink() or any(path.iterdir())):
         return TreeAnswer("taken", f"{path} is there already")
     if path.is_mount():
@@ -111,7 +116,9 @@ def findings(trees: Iterable[Tree], answers: dict[str, TreeAnswer], there: str, 
             continue
         text = f"{tree.path} is not on storage that {there} sees"
         elsewhere = "keep it on storage that both hosts mount at the same place"
-        if not ship and known.state == "free":
+        if tree.room:
+            yield _of_room(tree, known, there, ship=ship)
+        elif not ship and known.state == "free":
             yield Finding("blocker", "tree-missing", text, f"{elsewhere}, or let phaul send it: --ship missing")
         elif not ship:
             continue  # it was brought there before, by somebody who knows
@@ -126,3 +133,21 @@ def findings(trees: Iterable[Tree], answers: dict[str, TreeAnswer], there: str, 
         else:
             sent = f"it will be sent ({tree.names:,} files, {tree.size:,} bytes), and kept here as NAME{beside.ASIDE}"
             yield Finding("warning", "tree-sent", text, sent)
+
+
+def _of_room(tree: Tree, known: TreeAnswer, there: str, *, ship: bool) -> Finding:
+    """The same of a tree in a room, which no other storage can be given."""
+    text = f"what the container has written ({tree.path}) is not on {there}"
+    if not ship:
+        advice = "let phaul send it: --ship missing; or have it write nowhere but to volumes"
+        return Finding("blocker", "tree-missing", text, advice)
+    if tree.problem:
+        return Finding("blocker", "tree-mounts", f"{text}, and cannot be sent: {tree.problem}", "unmount that")
+    if not (known.rsync and rsync.here()):
+        why = f"{text}: only rsync finds out what the runtime there lacks of it"
+        return Finding("blocker", "tree-rsync", why, "install rsync on both hosts")
+    if tree.size * _ROOM > known.free:
+        room = f"{text}: with its image it has {tree.size:,} bytes, and {known.free:,} are free there"
+        return Finding("blocker", "tree-room", room, "make room there")
+    what = f"what the image there lacks of it will be sent ({tree.names:,} files, {tree.size:,} bytes in all)"
+    return Finding("warning", "tree-sent", text, what)

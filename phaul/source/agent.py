@@ -389,6 +389,7 @@ def _orders(request: Request, found: workloads.Found) -> Orders:
         stop_copy=wishes.stop_copy,
         moved=request.moved,
         hauled=request.hauled,
+        rooms=found.rooms,
         rsync=request.rsync and rsync.here(),
         options={
             **found.options,

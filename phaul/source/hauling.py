@@ -17,12 +17,19 @@ _BRIEF = 0.05  # seconds of a last round that may keep the loop waiting
 
 
 class Hauling:
-    """The directories `trees`."""
+    """The directories `trees`; those in `rooms` are the runtime's, and stay where they are."""
 
     def __init__(
-        self, trees: tuple[str, ...], report: Callable[[Event], None], *, by_rsync: bool, bandwidth: int
+        self,
+        trees: tuple[str, ...],
+        report: Callable[[Event], None],
+        *,
+        rooms: tuple[str, ...],
+        by_rsync: bool,
+        bandwidth: int,
     ) -> None:
         self._trees = trees
+        self._rooms = rooms
         self._report = report
         self._by_rsync = by_rsync
         self._bandwidth = bandwidth
@@ -86,4 +93,5 @@ class Hauling:
 
     def left_entries(self, pids: Iterable[int]) -> list[dict[str, Any]]:
         """For the journal: what is to be done with the directories when the tree is dead here."""
-        return [beside.left_entry(self._trees, pids)] if self._trees else []
+        left = [path for path in self._trees if path not in self._rooms]
+        return [beside.left_entry(left, pids)] if left else []

@@ -20,7 +20,7 @@ class Orders:
     """What the operator wants of the source. `moved` are ADDR/PREFIX@DEV, as the destination has them; `options` are
     the engine's (`tcp`, ...), `workload` and `facts` say what runtime knows the program, and how. `peer` is the
     destination in the operator's words, `keep_images` a directory or empty. `hauled` are directories that go along, the
-    first round by `rsync` if the destination has it."""
+    first round by `rsync` if the destination has it; those in `rooms` the runtime here looks after."""
 
     root: int
     wanted: Wanted
@@ -35,6 +35,7 @@ class Orders:
     workload: str = "pid"
     facts: dict[str, Any] = field(default_factory=dict)
     hauled: tuple[str, ...] = ()
+    rooms: tuple[str, ...] = ()
     rsync: bool = False
 
 

@@ -100,7 +100,9 @@ class SourceWorks:
         self._survey: Collection | None = None
         self._cgroup: cgroup.Hold | None = None
         self._network: _Network | None = None
-        self.haul = Hauling(orders.hauled, report, by_rsync=orders.rsync, bandwidth=orders.wanted.bandwidth)
+        self.haul = Hauling(
+            orders.hauled, report, rooms=orders.rooms, by_rsync=orders.rsync, bandwidth=orders.wanted.bandwidth
+        )
         self._cleanup.callback(self.haul.close)
         self._survey_seconds = _FIXED_GUESS
         self.attempts = 0

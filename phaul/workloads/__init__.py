@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from phaul.errors import UsageError
 
-from .base import Found, Place, Workload
+from .base import Found, Note, Place, Workload
 from .lxc import Lxc
 from .oci import Oci
 from .openvz import OpenVz
 from .plain import Plain
 from .unit import Unit
 
-__all__ = ["Found", "Place", "Workload", "of"]
+__all__ = ["Found", "Note", "Place", "Workload", "of"]
 
 _KINDS: dict[str, Workload] = {kind.kind: kind for kind in (Plain(), Lxc(), Oci(), Unit(), OpenVz())}
 

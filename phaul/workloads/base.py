@@ -20,7 +20,8 @@ class Found:
     """A workload of this host. `pid` is its first process, `words` what people call it. `facts` (JSON) are what the
     destination has to know; `findings` what speaks against moving it, so far as its runtime is concerned. `trees` are
     the directories that it lives on, none in another: they are on storage that both hosts see, or are sent. `options`
-    are what the engine has to know on both sides."""
+    are what the engine has to know on both sides. Trees in `rooms` are file systems that the runtime has mounted for it
+    alone, and will have mounted at the destination, wherever (`Workload.rooms`)."""
 
     pid: int
     words: str
@@ -28,6 +29,7 @@ class Found:
     findings: tuple[Finding, ...] = ()
     trees: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    rooms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Workload(ABC):
         """At the destination, before anything is touched: what keeps this host from taking it over. Of its trees,
         those in `hauled` will come, and are not there yet."""
         return []
+
+    def rooms(self, facts: dict[str, Any], note: Note) -> dict[str, str]:
+        """At the destination, before trees come: where those go that were in rooms of the runtime, by where they were.
+        Note it before it is done; `withdraw` undoes it. PhaulError if that fails."""
+        return {}
 
     def prepare(self, facts: dict[str, Any], note: Note, tracer: Tracer, places: Places = NOWHERE) -> Place:
         """At the destination: make ready what it will live in, and note it before it is done. `tracer` is what the tree

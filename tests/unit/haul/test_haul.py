@@ -11,7 +11,7 @@ from phaul_engine.namespaces.mnt import externals
 from phaul_engine.namespaces.mnt.judge import Host
 from phaul_engine.proc.mountinfo import parse_mounts
 
-from phaul.haul import arriving, trees, wire
+from phaul.haul import arriving, rsync, trees, wire
 from phaul.haul.places import NOWHERE, Places
 from phaul.haul.trees import Tree, TreeAnswer
 from phaul.migration import Verdict
@@ -36,6 +36,19 @@ def test_what_is_found() -> None:
     assert _checks(tree, TreeAnswer("taken", "it is there"), ship=False) == []
     assert _checks(Tree("/a/web", problem="a mount"), free) == [("blocker", "tree-mounts")]
     assert trees.hauled([tree, Tree("/b")], {"/a/web": free, "/b": TreeAnswer("shared")}) == ("/a/web",)
+
+
+def test_what_is_found_of_a_room_of_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, free = Tree("/a/web", names=3, size=1000, room=True), TreeAnswer("free", free=2000, rsync=True)
+    monkeypatch.setattr(rsync, "here", lambda: True)
+    assert _checks(tree, free) == [("warning", "tree-sent")]
+    assert _checks(tree, free, ship=False) == [("blocker", "tree-missing")]
+    assert _checks(tree, TreeAnswer("free", free=2000)) == [("blocker", "tree-rsync")]
+    assert _checks(tree, TreeAnswer("free", free=1000, rsync=True)) == [("blocker", "tree-room")]
+    assert _checks(Tree("/a/web", problem="a mount", room=True), free) == [("blocker", "tree-mounts")]
+    monkeypatch.setattr(rsync, "here", lambda: False)
+    assert _checks(tree, free) == [("blocker", "tree-rsync")]
+    assert trees.answer(Tree("/none/there", room=True)).state == "free"
 
 
 @root_only
