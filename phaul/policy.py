@@ -36,7 +36,7 @@ CALLER = "PHAUL_CALLER"
 """The variable that tells an agent who asked for it. The relay sets it; what came from outside is replaced."""
 
 Direction: TypeAlias = Literal["source", "destination"]
-Workload: TypeAlias = Literal["pid", "lxc", "oci", "vz", "unit"]
+Workload: TypeAlias = Literal["pid", "lxc", "oci", "podman", "vz", "unit"]
 Size = Annotated[int, BeforeValidator(parse_size)]
 
 _KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -106,7 +106,7 @@ class Rule(BaseModel):
 
     users: tuple[str, ...] = Field(min_length=1)
     directions: tuple[Direction, ...] = ("source", "destination")
-    workloads: tuple[Workload, ...] = ("pid", "lxc", "oci", "vz", "unit")
+    workloads: tuple[Workload, ...] = ("pid", "lxc", "oci", "podman", "vz", "unit")
     accounts: tuple[str, ...] = ("*",)
     root: bool = False
     memory: Size = 0

@@ -23,6 +23,7 @@ Words = Annotated[
 ]
 Lxc = Annotated[str | None, typer.Option("--lxc", metavar="NAME", help="In place of PID: a container of LXC.")]
 Runc = Annotated[str | None, typer.Option("--runc", metavar="ID", help="In place of PID: a container of runc or crun.")]
+Podman = Annotated[str | None, typer.Option("--podman", metavar="NAME", help="In place of PID: a container of Podman.")]
 Unit = Annotated[str | None, typer.Option("--unit", metavar="NAME", help="In place of PID: a service of systemd.")]
 Vz = Annotated[str | None, typer.Option("--vz", metavar="CTID", help="In place of PID: a container of OpenVZ.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what stands in the way.")]
@@ -51,6 +52,7 @@ def migrate(
     words: Words,
     lxc: Lxc = None,
     runc: Runc = None,
+    podman: Podman = None,
     unit: Unit = None,
     vz: Vz = None,
     dry_run: DryRun = False,
@@ -100,7 +102,7 @@ def migrate(
     from phaul.cli.view import view
     from phaul.transport.ssh_config import Destination
 
-    workload, subject, host = _what(words, {"lxc": lxc, "oci": runc, "unit": unit, "vz": vz})
+    workload, subject, host = _what(words, {"lxc": lxc, "oci": runc, "podman": podman, "unit": unit, "vz": vz})
     order = orchestrator.Order(
         workload=workload,
         subject=subject,

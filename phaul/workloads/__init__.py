@@ -13,11 +13,12 @@ from .lxc import Lxc
 from .oci import Oci
 from .openvz import OpenVz
 from .plain import Plain
+from .podman import Podman
 from .unit import Unit
 
 __all__ = ["Found", "Note", "Place", "Workload", "of"]
 
-_KINDS: dict[str, Workload] = {kind.kind: kind for kind in (Plain(), Lxc(), Oci(), Unit(), OpenVz())}
+_KINDS: dict[str, Workload] = {kind.kind: kind for kind in (Plain(), Lxc(), Oci(), Podman(), Unit(), OpenVz())}
 
 
 def of(kind: str) -> Workload:
