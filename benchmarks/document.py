@@ -26,6 +26,7 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
     busy = " **With other work on the machine: these are upper bounds.**" if before["load"][0] > 1.0 else ""
     machine = f"{before['cpus']} x {before['processor']}, {before['memory_gib']} GiB"
     yield f"Linux {before['kernel']}, {machine}; {load}.{busy}"
+    yield from _summary(results)
     for part, cells in results.items():
         if part == "stream":
             yield from ("", "**stream** (MB/s; ratios to Python's `ssl`)", "", "| | |", "|---|---|")
@@ -34,6 +35,20 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
         elif part not in ("before", "after"):
             for cell in cells:
                 yield from _cell(part, cell)
+
+
+def _summary(results: dict[str, Any]) -> Iterator[str]:
+    """The downtime of all cells in one table."""
+    criu = {(cell["heap_mib"], cell["rate_mb"]): cell for cell in results.get("criu", ()) if "counter_ms" in cell}
+    if "counter" not in results:
+        return
+    yield from ("", "| heap, MiB | written, MB/s | downtime, median ms | p90 | reference | CRIU 4.2, ms |")
+    yield "|---|---|---|---|---|---|"
+    for cell in results["counter"]:
+        place, figure = (cell["heap_mib"], cell["rate_mb"]), cell["counter_ms"]
+        other = f"{criu[place]['counter_ms']['median']:.0f}" if place in criu else ""
+        values = f"{figure['median']:.1f} | {figure['p90']:.1f} | {figure.get('reference', '')} | {other}"
+        yield f"| {place[0]} | {place[1]} | {values} |"
 
 
 def _cell(part: str, cell: dict[str, Any]) -> Iterator[str]:
