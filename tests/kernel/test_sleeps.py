@@ -156,6 +156,7 @@ def test_sleepers_that_were_stopped_before(tmp_path: Path, monkeypatch: pytest.M
 
 _STOPPED_BY_SOMEBODY = """
 T, SLOW = 5, 2.0  # seconds: to sleep, and that a busy machine may take to wake threads
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a sleeper could get it, if the child ends before all have gone on
 ends, started = {}, time.monotonic()
 word, time_limit = ctypes.c_int(5), struct.pack("<qq", T, 0)
 def sleeper(name, *args):
