@@ -122,8 +122,7 @@ class Session:
         while not self._ending.wait(_PAUSE):
             line = f"line {self.lines}\n".encode()
             try:
-                process.stdin.write(line)
-                process.stdin.flush()
+                os.write(process.stdin.fileno(), line)
                 answer = process.stdout.readline()
             except OSError as error:
                 self.error = f"the ssh session ended after {self.lines} lines: {error}"

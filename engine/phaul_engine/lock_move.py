@@ -25,7 +25,7 @@ from .cgroup import Hold
 from .errors import EngineError, GoneError, TargetError
 from .gadgets import find_gadgets
 from .images.pb import file_lock_pb2
-from .objects import file_locks
+from .objects import file_locks, mounted
 from .objects.base import Collection
 from .proc.access import open_process
 from .proc.locks import FileLock, read_locks
@@ -60,14 +60,15 @@ class Mark(NamedTuple):
 
 
 def waiters(collection: Collection) -> None:
-    """Put into the blockers who waits for an exclusive lock of the tree, but for those that it has dropped by now."""
+    """Put into the blockers who waits for an exclusive lock of the tree, but for those that it has dropped by now. On a
+    file system that comes along nobody else can."""
     ours = {
         (lock.dev, lock.ino)
         for descriptor in collection.descriptors.values()
         for lock in descriptor.info.locks
-        if collection.survey or not is_posix(lock)
+        if (collection.survey or not is_posix(lock)) and not mounted.comes_along(lock.dev, collection)
     }
-    if not ours:
+    if not ours:  # the kernel takes milliseconds to show all locks
         return
     for lock in read_locks():
         if lock.waiting and (lock.dev, lock.ino) in ours and lock.pid not in collection.inner_pids:
