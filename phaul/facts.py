@@ -11,11 +11,12 @@ import stat
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phaul_engine import cgroup, sleep_log
-from phaul_engine.errors import BlockedError, Blocker, EngineError, GoneError, TargetError
+from phaul_engine.errors import BlockedError, Blocker, BusyError, EngineError, GoneError
 from phaul_engine.features import missing as missing_features
 from phaul_engine.features import needed as needed_features
 from phaul_engine.footprint import Footprint, footprint
@@ -49,7 +50,6 @@ from phaul.urgency import Urgency
 if TYPE_CHECKING:
     from phaul_engine.collect import Collector
     from phaul_engine.objects.base import Collection
-    from phaul_engine.target import Tracer
 
 # What /proc/cpuinfo calls features that a program may have found by CPUID and now uses. Its absence at the destination
 # is SIGILL at some later time, or an XSAVE area that cannot be loaded.
@@ -222,43 +222,45 @@ def _supervisors(root: tree.Process) -> Iterator[Finding]:
 
 def survey(pid: int, options: dict[str, Any]) -> tuple[list[Finding], dict[str, str], Footprint | None]:
     """What of the program's state cannot be carried, by the engine, the features of the kernel that it uses, and what
-    it would have at a destination. Stops the program for some milliseconds."""
+    it would have at a destination. Stops the program for some milliseconds, and again where something of it ends
+    meanwhile. EngineError where it cannot be looked at."""
     from phaul_engine.collect import Collector
-    from phaul_engine.target import Tracer
+    from phaul_engine.looks import look_again
 
     sleep_log.log.remember(SLEEPS)  # the agent that moves it has to know what is learnt here
-    with Tracer() as tracer, Collector({**options, carried_file.OPTION: True}) as collector:
+    with Collector({**options, carried_file.OPTION: True}) as collector:
         try:
-            collection = _look(tracer, collector, pid)
+            collection = look_again(partial(_look, collector, pid), _SURVEY_TIMEOUT)
         except BlockedError as error:  # nothing more can be learnt about such a program
             return [_state(one) for one in error.blockers], {}, None
     found = [_state(one) for one in collection.blockers]
     return found, needed_features(collection.checkpoint, options), footprint(collection.checkpoint)
 
 
-def _look(tracer: Tracer, collector: Collector, pid: int) -> Collection:
-    """A survey in which the program runs again as soon as nothing is asked inside of it; or, where it has changed too
-    much meanwhile, one in which it stands until the end."""
-    from phaul_engine.target import stop_tree
+def _look(collector: Collector, pid: int, number: int, patience: int) -> Collection:
+    """A survey. In the first the program runs again as soon as nothing is asked inside of it; where it changes too much
+    meanwhile (BusyError), it stands until the end of the others. Each has a tracer of its own: a task that was still
+    answering when another one died is free of it then."""
+    from phaul_engine.target import Tracer, stop_tree
 
-    urgency = Urgency()
+    urgency, moving = Urgency(), number == 0
     collector.prepare(pid)
-    urgency.begin()
+    if moving:
+        urgency.begin()
     try:
-        with contextlib.suppress(TargetError, OSError), access.looking():
-            with stop_tree(tracer, pid, timeout_ms=_SURVEY_TIMEOUT) as stopped:
+        with access.looking(), Tracer() as tracer, stop_tree(tracer, pid, timeout_ms=patience) as stopped:
 
-                def let_go() -> None:
+            def hold() -> None:
+                if moving:
                     stopped.let_go()
                     urgency.end()
 
-                collection = collector.collect(stopped, survey=True, hold=let_go)
-            if not collection.blockers:
-                return collection
+            collection = collector.collect(stopped, survey=True, hold=hold)
     finally:
         urgency.end()
-    with access.looking(), stop_tree(tracer, pid, timeout_ms=_SURVEY_TIMEOUT) as stopped:
-        return collector.collect(stopped, survey=True)
+    if collection.blockers and moving:  # perhaps of what was closed while it was looked at
+        raise BusyError("what was found of the tree does not fit together")
+    return collection
 
 
 def _state(blocker: Blocker) -> Finding:

@@ -20,6 +20,7 @@ from .collect import Collector, Seal
 from .errors import BusyError, EngineError, GoneError, TargetError, refusal
 from .images.checkpoint import Checkpoint
 from .lock_move import Note, Surrender
+from .looks import look_again
 from .memory import objects
 from .memory.areas import Care, Mapping, care_of, described, open_shared
 from .memory.extents import Extents, Kind, Place
@@ -37,9 +38,7 @@ from .proc.tree import read_tree
 from .target import Tracer, Tree, stop_tree
 
 _SHM_MASK = 0xFFFFFFFF
-_LOOKS = 8  # surveys, of which all but the last may be spoilt by a task that ends meanwhile or does not stop
-_PAUSE = 0.02  # seconds between them
-_MOVING_LOOKS = 2  # of these, while the tree runs
+_MOVING_LOOKS = 2  # at first, while the tree runs
 _YOUNG = 50_000_000  # nanoseconds: two changes in one tick of the clock that stamps files cannot be told apart
 
 
@@ -137,16 +136,10 @@ class Departure:
         `released` when it runs again, after how many seconds. GoneError or TargetError when the tree keeps changing
         under our eyes.
         """
-        for look in range(_LOOKS - 1):
-            try:
-                moving = look < _MOVING_LOOKS
-                return self._survey(max(1, timeout_ms // _LOOKS), stopping, released, standing=not moving)
-            except (TargetError, OSError):
-                # A task ended, or something else went away that was looked at while the tree ran; or a task waits for
-                # a child that we have stopped between vfork(2) and execve(2); that one stops, and so leaves our tracer,
-                # when the child runs.
-                time.sleep(_PAUSE)
-        return self._survey(timeout_ms, stopping, released, standing=True)
+        return look_again(
+            lambda number, patience: self._survey(patience, stopping, released, standing=number >= _MOVING_LOOKS),
+            timeout_ms,
+        )
 
     def _survey(
         self, timeout_ms: int, stopping: Callable[[], None], released: Callable[[float], None], *, standing: bool

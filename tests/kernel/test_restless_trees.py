@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from phaul_engine.errors import GoneError
 from phaul_engine.proc.access import looking
 from phaul_engine.target import Tracer
 
+from phaul import facts
 from tests.subjects.programs import wait_until
 
 _SURVEYS = 8
@@ -72,6 +76,58 @@ def test_surveys_of_a_tree_that_never_rests(restless: int) -> None:
         for _ in range(_SURVEYS):
             survey = departure.survey(timeout_ms=8000)
             assert [str(one) for one in survey.blockers if not one.passing] == []
+
+
+# A process that always has some children.
+_PARENT = """
+import os, sys, time
+alive = set()
+while True:
+    while len(alive) < 8:
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(600)
+            os._exit(1)
+        alive.add(pid)
+    open(sys.argv[1], "w").close()
+    alive.discard(os.wait()[0])
+"""
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Iterator[int]:
+    begun, quiet = tmp_path / "begun", subprocess.DEVNULL
+    command = [sys.executable, "-c", _PARENT, str(begun)]
+    with subprocess.Popen(command, stdin=quiet, stdout=quiet, start_new_session=True) as process:
+        wait_until(begun.exists, "the program begins")
+        yield process.pid
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_task_that_is_killed_while_the_preflight_looks_is_not_looked_at(parent: int) -> None:
+    """Each spoils one look, or two."""
+
+    def kill_some() -> None:
+        for _ in range(3):
+            time.sleep(0.03)
+            children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+
+    for _ in range(_SURVEYS):
+        killing = threading.Thread(target=kill_some)
+        killing.start()
+        found, _, size = facts.survey(parent, {})
+        killing.join()
+        assert found == []
+        assert size is not None
+
+
+def test_a_program_that_is_gone_is_no_mistake_of_ours() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    with pytest.raises(GoneError):
+        facts.survey(process.pid, {})
 
 
 def test_a_registration_that_is_gone_is_of_nothing() -> None:
