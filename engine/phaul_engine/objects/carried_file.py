@@ -14,8 +14,8 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from typing import Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, NamedTuple
 
 from phaul_engine import calls
 from phaul_engine.errors import EngineError, RebuildError
@@ -261,39 +261,71 @@ def _made(restoration: Restoration) -> dict[bytes, Staged]:
 
 def undo_entries(checkpoint: Checkpoint, pids: Iterable[int]) -> list[dict[str, Any]]:
     """What a journal must hold for files whose tree, tasks `pids`, is killed here: none outlives it in memory, and
-    those on disks are marked."""
+    those on disks are marked.
+
+    Paths are the tree's, and recovery has this host's: a file that is not the same one here, as where the tree has
+    mounts or a root of its own, is left out. What only a tree mounts goes with it."""
     files: dict[str, list[list[Any]]] = {KIND: [], LEFT_KIND: []}
     for record in checkpoint.records("memfd"):
         one = record.message
         if one.phaul_path:
             kind = LEFT_KIND if one.HasField("phaul_mtime") else KIND
-            files[kind].append([os.fsdecode(one.phaul_path), one.phaul_device, one.phaul_inode])
+            noted = [os.fsdecode(one.phaul_path), one.phaul_device, one.phaul_inode]
+            with _same_file(*noted) as found:
+                if found is not None:
+                    files[kind].append(noted)
     tasks = sysv_shm.tasks(pids)
     return [{"kind": kind, "data": {"files": some, "tasks": tasks}} for kind, some in files.items() if some]
 
 
 def remove(data: dict[str, Any]) -> None:
     """Remove the files, if the tree that used them here is dead; else do nothing."""
-    for path, _ in _left(data):
-        os.unlink(path)
+    for file in _left(data):
+        os.unlink(file.leaf, dir_fd=file.parent)
 
 
 def mark(data: dict[str, Any]) -> None:
     """Mark the files as left behind, if the tree that used them here is dead; else do nothing. Where a file system has
     no such attributes, a program that comes back finds them in its way."""
-    for path, status in _left(data):
+    for file in _left(data):
+        status = os.fstat(file.fd)
         with suppress(OSError):
-            os.setxattr(path, _MARK, b"%d %d" % (status.st_size, status.st_mtime_ns), follow_symlinks=False)
+            os.setxattr(f"/proc/self/fd/{file.fd}", _MARK, b"%d %d" % (status.st_size, status.st_mtime_ns))
 
 
-def _left(data: dict[str, Any]) -> Iterator[tuple[str, os.stat_result]]:
+class _File(NamedTuple):
+    """A file by its directory and name, and itself."""
+
+    parent: int
+    leaf: str
+    fd: int
+
+
+def _left(data: dict[str, Any]) -> Iterator[_File]:
     """The files that are there still, and the same; none while a task lives."""
     if sysv_shm.any_lives(data["tasks"]):
         return
-    for path, device, inode in data["files"]:
-        try:
-            status = os.lstat(path)
-        except OSError:
-            continue
-        if (status.st_dev, status.st_ino) == (device, inode):
-            yield path, status
+    for noted in data["files"]:
+        with _same_file(*noted) as found:
+            if found is not None:
+                yield found
+
+
+@contextmanager
+def _same_file(path: str, device: int, inode: int) -> Iterator[_File | None]:
+    """The regular file of that name on this host, if it is that one. No link is followed: whoever can write to a
+    directory on the way could lead us elsewhere by it, between this look and what is done."""
+    directory, leaf = os.path.split(path)
+    with ExitStack() as stack:
+        found = None
+        with suppress(OSError):
+            root = os.open("/", _DIRECTORY)
+            stack.callback(os.close, root)
+            parent = calls.open_beneath(root, directory.lstrip("/") or ".", _DIRECTORY)
+            stack.callback(os.close, parent)
+            fd = os.open(leaf, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+            stack.callback(os.close, fd)
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) == (device, inode) and stat.S_ISREG(status.st_mode):
+                found = _File(parent, leaf, fd)
+        yield found

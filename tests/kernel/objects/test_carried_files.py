@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from phaul_engine.errors import RebuildError
 from phaul_engine.images.checkpoint import Checkpoint
+from phaul_engine.images.pb import memfd_pb2
 from phaul_engine.network import undo
-from phaul_engine.objects import carried_file, memfd
+from phaul_engine.objects import carried_file, memfd, sysv_shm
 from phaul_engine.objects.files import FilesPass
 
 from tests.kernel.objects.subject import Copy, at, started, through_bytes
@@ -116,8 +117,8 @@ def test_a_name_that_is_taken(place: Path) -> None:
 def test_at_the_source_the_name_goes_with_the_copy(place: Path) -> None:
     checkpoint, _, status = _moved(place)
     sleeper = subprocess.Popen(["sleep", "60"])
-    ((entry),) = carried_file.undo_entries(checkpoint, [sleeper.pid])
     (place / "away").rename(place / "file")
+    ((entry),) = carried_file.undo_entries(checkpoint, [sleeper.pid])
     carried_file.remove(entry["data"])
     assert (place / "file").exists(), "its program lives"
     sleeper.kill()
@@ -131,6 +132,53 @@ def test_at_the_source_the_name_goes_with_the_copy(place: Path) -> None:
     carried_file.remove(entry["data"])
     carried_file.remove(entry["data"])
     assert os.listdir(place) == ["other"]
+
+
+def _gone() -> list[int]:
+    """A task that is dead."""
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        ((task),) = sysv_shm.tasks([sleeper.pid])
+        sleeper.kill()
+    return task
+
+
+def test_a_name_of_the_tree_alone_is_none_of_this_host(place: Path) -> None:
+    """A tree with mounts of its own calls its file what another one is called here."""
+    (place / "file").write_text("this host's")
+    script = "mount -t tmpfs tmpfs $0 && touch $0/file && stat -c '%d %i' $0/file && read end"
+    command = ["unshare", "--mount", "sh", "-c", script, str(place)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as inside:
+        assert inside.stdout
+        device, inode = map(int, inside.stdout.readline().split())
+        checkpoint = Checkpoint()
+        entry = memfd_pb2.memfd_inode_entry(name=b"", uid=0, gid=0, size=0, shmid=0, seals=0, inode_id=1, mode=0o600)
+        entry.phaul_path, entry.phaul_device, entry.phaul_inode = os.fsencode(place / "file"), device, inode
+        checkpoint.put("memfd", None, entry)
+        assert carried_file.undo_entries(checkpoint, [inside.pid]) == []
+        status = (place / "file").stat()
+        entry.phaul_device, entry.phaul_inode = status.st_dev, status.st_ino
+        checkpoint = Checkpoint()
+        checkpoint.put("memfd", None, entry)
+        ((noted),) = carried_file.undo_entries(checkpoint, [inside.pid])
+        assert noted["data"]["files"] == [[str(place / "file"), status.st_dev, status.st_ino]]
+        inside.communicate("\n")
+    carried_file.remove({"files": [[str(place / "file"), device, inode]], "tasks": [_gone()]})
+    assert (place / "file").read_text() == "this host's"
+
+
+@pytest.mark.parametrize("undo", [carried_file.remove, carried_file.mark])
+def test_no_link_leads_an_undo_elsewhere(place: Path, undo: Callable[[dict[str, Any]], None]) -> None:
+    """Neither one in place of a directory, nor of the file."""
+    (place / "mine").mkdir()
+    (place / "mine" / "file").write_text("the host's")
+    status = (place / "mine" / "file").stat()
+    (place / "theirs").symlink_to("mine")
+    (place / "link").symlink_to("mine/file")
+    files = [[str(place / name), status.st_dev, status.st_ino] for name in ("theirs/file", "link")]
+    undo({"files": files, "tasks": [_gone()]})
+    assert (place / "mine" / "file").read_text() == "the host's"
+    assert os.listxattr(place / "mine" / "file") == []
+    assert sorted(os.listdir(place)) == ["link", "mine", "theirs"]
 
 
 @pytest.mark.parametrize("how", ["open", "mapped", "linked"])
