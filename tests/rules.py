@@ -191,6 +191,13 @@ RULES = (
         "tests/kernel/test_silence.py",
     ),
     Rule(
+        "shared mappings of files are not written at the destination",
+        "engine/phaul_engine/memory/areas.py",
+        "    return Care.SHARED_MEMORY if memory else Care.SHARED_FILE",
+        "    return Care.SHARED_MEMORY if memory else Care.PRIVATE_FILE",
+        "tests/unit/memory/test_sent_areas.py",
+    ),
+    Rule(
         "an injected program goes home by itself",
         "engine/native/src/inject.c",
         "				  .patience_ms = (uint32_t) patience_ms };",
