@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator
-from typing import assert_never
+from typing import TypeAlias, assert_never
 
 import phaul.migration as protocol
 
@@ -92,85 +92,97 @@ def _rows() -> Iterator[tuple[str, ...]]:
             yield role.value, row.name, ", ".join(sorted(r.name for r in to)) or "-"
 
 
+_LOST = LinkLost("")
+_FROZEN, _ASKING, _SILENT = source.Frozen(), source.Committed(), source.Committed(asks=9)
+_LEAVING, _PARKED, _RESUMED = source.Releasing(), destination.Parked(), destination.Resumed()
+_Phases: TypeAlias = tuple[tuple[str, ...], ...]  # what happens in each of `_PHASES`
+
+
 def _failures() -> Iterator[tuple[str, ...]]:
     """DESIGN's table, by running both machines through each failure."""
-    frozen, asking, there = source.Frozen(), source.Committed(), source.Releasing()
-    parked, resumed = destination.Parked(), destination.Resumed()
-    lost = LinkLost("")
+    for who, phases in {
+        "destination agent": _destination_agent_dies(),
+        "source agent": _source_agent_dies(),
+        "link": _link_breaks(),
+        "link, with an arbiter": _link_breaks_with_an_arbiter(),
+        "destination host": _destination_host_goes_down(),
+        "source host": _source_host_goes_down(),
+    }.items():
+        yield (who, *("; ".join(part.rstrip(";") for part in phase) for phase in phases))
 
-    def at_source(state: State, event: Event) -> str:
-        return "source: " + _story(step(state, event, _LIMITS))
 
-    def at_destination(state: State) -> str:
-        return "destination: " + _story(step(state, lost, _LIMITS))
+def _destination_agent_dies() -> _Phases:
+    target = Role.DESTINATION
+    return (
+        ("parked tasks die (EXITKILL)", _recovery(target, Row.PREPARED), _at_source(_FROZEN, _LOST)),
+        (_recovery(target, Row.PARKED), _at_source(_ASKING, Received(Message.DISCARDED))),
+        (_recovery(target, Row.RESUMED), _at_source(_ASKING, Received(Message.RESUMED))),
+    )
 
-    def recovery(role: Role, row: Row, same_boot: bool = True) -> str:
-        return f"{role}'s recovery: " + _story(protocol.recover(role, row, same_boot=same_boot))
 
-    def cells(*cells: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple("; ".join(part.rstrip(";") for part in cell) for cell in cells)
+def _source_agent_dies() -> _Phases:
+    here = Role.SOURCE
+    return (
+        (_recovery(here, Row.FROZEN), _at_destination(_PARKED, _LOST)),
+        (_recovery(here, Row.COMMITTED), "the copy stays frozen"),
+        (_recovery(here, Row.RELEASED), _at_destination(_RESUMED, _LOST)),
+    )
 
-    here, target = Role.SOURCE, Role.DESTINATION
-    yield (
-        "destination agent",
-        *cells(
-            ("parked tasks die (EXITKILL)", recovery(target, Row.PREPARED), at_source(frozen, lost)),
-            (recovery(target, Row.PARKED), at_source(asking, Received(Message.DISCARDED))),
-            (recovery(target, Row.RESUMED), at_source(asking, Received(Message.RESUMED))),
+
+def _link_breaks() -> _Phases:
+    return (
+        (_at_source(_FROZEN, _LOST), _at_destination(_PARKED, _LOST)),
+        (
+            _at_source(_ASKING, _LOST),
+            "then: " + _at_source(_SILENT, Expired()),
+            _at_destination(_PARKED, _LOST),
         ),
+        (_at_source(_LEAVING, _LOST), _at_destination(_RESUMED, _LOST)),
     )
-    yield (
-        "source agent",
-        *cells(
-            (recovery(here, Row.FROZEN), at_destination(parked)),
-            (recovery(here, Row.COMMITTED), "the copy stays frozen"),
-            (recovery(here, Row.RELEASED), at_destination(resumed)),
+
+
+def _link_breaks_with_an_arbiter() -> _Phases:
+    before, _, after = _link_breaks()
+    late = _story(step(source.Arbitrating(), Failed(Work.REVOKE), _ARBITRATED))
+    return (
+        before,
+        (
+            _at_source(_SILENT, Expired(), _ARBITRATED),
+            "if it comes too late: " + late,
+            _at_destination(destination.Claiming(), Failed(Work.CLAIM), _ARBITRATED),
         ),
+        after,
     )
-    yield (
-        "link",
-        *cells(
-            (at_source(frozen, lost), at_destination(parked)),
-            (
-                at_source(asking, lost),
-                "then: " + at_source(source.Committed(asks=9), Expired()),
-                at_destination(parked),
-            ),
-            (at_source(there, lost), at_destination(resumed)),
-        ),
+
+
+def _destination_host_goes_down() -> _Phases:
+    target = Role.DESTINATION
+    return (
+        (_at_source(_FROZEN, Expired()),),
+        (_recovery(target, Row.PARKED, same_boot=False), _at_source(_ASKING, Received(Message.DEAD))),
+        (_recovery(target, Row.RESUMED, same_boot=False), _at_source(_ASKING, Received(Message.GONE))),
     )
-    silent, won = source.Committed(asks=9), Failed(Work.REVOKE)
-    yield (
-        "link, with an arbiter",
-        *cells(
-            (at_source(frozen, lost), at_destination(parked)),
-            (
-                "source: " + _story(step(silent, Expired(), _ARBITRATED)),
-                "if it comes too late: " + _story(step(source.Arbitrating(), won, _ARBITRATED)),
-                "destination: " + _story(step(destination.Claiming(), Failed(Work.CLAIM), _ARBITRATED)),
-            ),
-            (at_source(there, lost), at_destination(resumed)),
-        ),
+
+
+def _source_host_goes_down() -> _Phases:
+    here = Role.SOURCE
+    return (
+        (_recovery(here, Row.PREPARED, same_boot=False), _at_destination(_PARKED, _LOST)),
+        (_recovery(here, Row.COMMITTED, same_boot=False), _at_destination(_PARKED, _LOST)),
+        (_recovery(here, Row.RELEASED, same_boot=False), _at_destination(_RESUMED, _LOST)),
     )
-    yield (
-        "destination host",
-        *cells(
-            (at_source(frozen, Expired()),),
-            (
-                recovery(target, Row.PARKED, same_boot=False),
-                at_source(asking, Received(Message.DEAD)),
-            ),
-            (recovery(target, Row.RESUMED, same_boot=False), at_source(asking, Received(Message.GONE))),
-        ),
-    )
-    yield (
-        "source host",
-        *cells(
-            (recovery(here, Row.PREPARED, same_boot=False), at_destination(parked)),
-            (recovery(here, Row.COMMITTED, same_boot=False), at_destination(parked)),
-            (recovery(here, Row.RELEASED, same_boot=False), at_destination(resumed)),
-        ),
-    )
+
+
+def _at_source(state: State, event: Event, limits: Limits = _LIMITS) -> str:
+    return "source: " + _story(step(state, event, limits))
+
+
+def _at_destination(state: State, event: Event, limits: Limits = _LIMITS) -> str:
+    return "destination: " + _story(step(state, event, limits))
+
+
+def _recovery(role: Role, row: Row, same_boot: bool = True) -> str:
+    return f"{role}'s recovery: " + _story(protocol.recover(role, row, same_boot=same_boot))
 
 
 def _story(made: Step) -> str:
