@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
+import random
 import select
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from phaul_engine import calls
 from phaul_engine.departure import Departure
 from phaul_engine.errors import GoneError
 from phaul_engine.proc.access import looking
-from phaul_engine.target import Tracer
+from phaul_engine.target import Asking, Tracer
 
 from phaul import facts
 from tests.subjects.programs import wait_until
@@ -78,47 +79,53 @@ def test_surveys_of_a_tree_that_never_rests(restless: int) -> None:
             assert [str(one) for one in survey.blockers if not one.passing] == []
 
 
-# A process that always has some children.
+# A process with many children, the last of them with threads. Each death is a line in the second file.
 _PARENT = """
-import os, sys, time
-alive = set()
+import os, signal, sys, threading, time
+def started(threads):
+    pid = os.fork()
+    if pid: return pid
+    for _ in range(threads): threading.Thread(target=time.sleep, args=(600,)).start()
+    print(end="x", file=open(sys.argv[1], "a"))
+    time.sleep(600)
+for number in range(20): started(0 if number < 16 else 4)
 while True:
-    while len(alive) < 8:
-        pid = os.fork()
-        if pid == 0:
-            time.sleep(600)
-            os._exit(1)
-        alive.add(pid)
-    open(sys.argv[1], "w").close()
-    alive.discard(os.wait()[0])
+    pid, status = os.wait()
+    print(signal.Signals(status).name, file=open(sys.argv[2], "a"))
 """
 
 
 @pytest.fixture
 def parent(tmp_path: Path) -> Iterator[int]:
-    begun, quiet = tmp_path / "begun", subprocess.DEVNULL
-    command = [sys.executable, "-c", _PARENT, str(begun)]
+    begun, deaths, quiet = tmp_path / "begun", tmp_path / "deaths", subprocess.DEVNULL
+    command = [sys.executable, "-c", _PARENT, str(begun), str(deaths)]
     with subprocess.Popen(command, stdin=quiet, stdout=quiet, start_new_session=True) as process:
-        wait_until(begun.exists, "the program begins")
+        wait_until(lambda: begun.exists() and begun.stat().st_size == 20, "all children begin")
         yield process.pid
         os.killpg(process.pid, signal.SIGKILL)
+    assert set(deaths.read_text().split()) == {"SIGKILL"}, "nobody else dies of it"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-def test_a_task_that_is_killed_while_the_preflight_looks_is_not_looked_at(parent: int) -> None:
-    """Each spoils one look, or two."""
+def test_a_task_that_is_killed_while_the_preflight_looks_takes_nobody_along(
+    parent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first looks, while programs run inside all of them; it is looked again then."""
+    begin, looks = Asking.__init__, 0
 
-    def kill_some() -> None:
-        for _ in range(3):
-            time.sleep(0.03)
+    def begin_and_kill(self: Asking, *rest: Any) -> None:
+        nonlocal looks
+        begin(self, *rest)
+        looks += 1
+        if looks <= 4:
+            time.sleep(random.uniform(0, 0.003))
             children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-            os.kill(int(children[-1]), signal.SIGKILL)
+            os.kill(int(children[0]), signal.SIGKILL)  # before those with threads in all lists
 
-    for _ in range(_SURVEYS):
-        killing = threading.Thread(target=kill_some)
-        killing.start()
+    monkeypatch.setattr(Asking, "__init__", begin_and_kill)
+    for _ in range(4):
+        looks = 0
         found, _, size = facts.survey(parent, {})
-        killing.join()
         assert found == []
         assert size is not None
 

@@ -333,13 +333,18 @@ ph_enter (struct ph_tracer *tracer, struct ph_injection *injection, const struct
 int
 inject_leave (const struct ph_thread_state *const *states, size_t count, struct ph_error *err)
 {
+	struct ph_error second;
+	int result = 0;
+
+	/* one may have been killed; the others go back all the same: what they run now is about to be unmapped */
 	for (size_t i = 0; i < count; i++)
 		if (ptrace (PTRACE_INTERRUPT, states[i]->tid, 0, 0) < 0)
-			return ph_fail (err, errno, "interrupt task %d", states[i]->tid);
+			result = ph_fail (result < 0 ? &second : err, errno, "interrupt task %d", states[i]->tid);
 	for (size_t i = 0; i < count; i++)
-		if (trace_wait_stop (states[i]->tid, ph_now_us () + 5000000, NULL, err) < 0 || put_back (states[i], err) < 0)
-			return -1;
-	return 0;
+		if (trace_wait_stop (states[i]->tid, ph_now_us () + 5000000, NULL, result < 0 ? &second : err) < 0
+		    || put_back (states[i], result < 0 ? &second : err) < 0)
+			result = -1;
+	return result;
 }
 
 static long
