@@ -132,8 +132,8 @@ RULES = (
     Rule(
         "space is kept for transitions",
         "phaul/journal.py",
-        "self._append({}, undo, facts, reserve=_RESERVED)",
-        "self._append({}, undo, facts, reserve=0)",
+        "reserve=0 if self.row.ended else _RESERVED)",
+        "reserve=0)",
         "tests/unit/test_journal.py",
     ),
     Rule(
@@ -161,12 +161,22 @@ RULES = (
     Rule(
         "connections are touched when the tree is frozen",
         "engine/phaul_engine/collect.py",
-        "            hold()\n            self._collect_dead(members, collection)\n"
-        "            self._census.collect(members, collection)\n"
-        "            self._collect_memory_and_files(living, collection, seal, surrender)\n",
+        "            hold()\n"
         "            self._collect_dead(members, collection)\n"
-        "            self._census.collect(members, collection)\n"
-        "            self._collect_memory_and_files(living, collection, seal, surrender)\n            hold()\n",
+        "            if survey:\n"
+        "                self._look_outside(members, files, collection)\n"
+        "            for member in living:\n"
+        '                mm = collection.checkpoint.one("mm", member.owner.inner_pid)\n'
+        '                mm.mm_brk = collection.scratch["brk"][member.pid]\n'
+        "            self._seal(collection, seal, surrender)\n",
+        "            self._collect_dead(members, collection)\n"
+        "            if survey:\n"
+        "                self._look_outside(members, files, collection)\n"
+        "            for member in living:\n"
+        '                mm = collection.checkpoint.one("mm", member.owner.inner_pid)\n'
+        '                mm.mm_brk = collection.scratch["brk"][member.pid]\n'
+        "            self._seal(collection, seal, surrender)\n"
+        "            hold()\n",
         "tests/kernel/network/test_order.py",
     ),
     Rule(
@@ -178,7 +188,7 @@ RULES = (
     ),
     Rule(
         "a skeleton dies with its tracer",
-        "engine/native/src/skeleton.c",
+        "engine/native/src/birth.h",
         "(PTRACE_O_EXITKILL | PTRACE_O_TRACESYSGOOD",
         "(PTRACE_O_TRACESYSGOOD",
         "tests/kernel/test_skeleton.py",
