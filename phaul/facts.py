@@ -31,6 +31,7 @@ from phaul import __version__, claims, config, workloads
 from phaul.config import SLEEPS
 from phaul.errors import StayedError, UsageError
 from phaul.events import Finding
+from phaul.guests import guests
 from phaul.haul import trees
 from phaul.journal import Store
 from phaul.preflight import (
@@ -145,6 +146,8 @@ def program_facts(pid: int, options: dict[str, Any] | None = None, store: Store 
             raise StayedError(f"pid {pid} could not be examined: {error}", advice=error.advice) from error
     findings += _supervisors(root)
     apart = _apart(pid)
+    if "pid" in apart:
+        findings += guests(root)
     endpoints = tuple(_endpoints(inodes, pid))
     questions = Questions(
         {} if "pid" in apart else numbers,

@@ -77,8 +77,7 @@ class Podman(Workload):
         }
         rooms = (facts["layer"],) if facts["layer"] else ()
         trees = (*rooms, *dict.fromkeys(podman_facts.directories(told)))
-        findings = (*podman_facts.cannot(told), *podman_facts.guests(pid))
-        return Found(pid, words, facts, findings, trees, options, rooms)
+        return Found(pid, words, facts, tuple(podman_facts.cannot(told)), trees, options, rooms)
 
     def examine(self, facts: dict[str, Any], hauled: Collection[str] = ()) -> list[Finding]:
         name = _named(facts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -10,8 +9,6 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
-
-from phaul_engine.proc.tree import read_tree
 
 from phaul.errors import PhaulError
 from phaul.events import Finding
@@ -227,25 +224,3 @@ def cannot(facts: Facts) -> Iterator[Finding]:
     if os.path.basename(facts["OCIRuntime"]) != "runc":
         text = f"its runtime is {facts['OCIRuntime']}, and phaul knows how runc begins a container"
         yield Finding("blocker", "podman-runtime", text, "create it with --runtime runc")
-
-
-def guests(first: int) -> Iterator[Finding]:
-    """Processes in a container that others than its first one have begun: they are no part of what moves, and die with
-    the namespace that they are in."""
-    here = _inside(first)
-    own = {process.pid for process in read_tree(first)}
-    for pid in sorted(here - own):
-        with contextlib.suppress(OSError):  # it has ended
-            name = Path(f"/proc/{pid}/comm").read_text().strip()
-            text = f"pid {pid} ({name}) came into the container from outside, and would be killed"
-            yield Finding("blocker", "podman-exec", text, "end it first: it was begun by podman exec")
-
-
-def _inside(first: int) -> set[int]:
-    namespace, found = os.readlink(f"/proc/{first}/ns/pid"), set()
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            with contextlib.suppress(OSError):  # it has ended
-                if os.readlink(f"/proc/{name}/ns/pid") == namespace:
-                    found.add(int(name))
-    return found

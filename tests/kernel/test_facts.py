@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 from phaul_engine.collect import Collector
+from phaul_engine.proc.tree import read_tree
 
 from phaul import facts
 from phaul.errors import UsageError
+from phaul.guests import guests
 from phaul.preflight import Answers, Endpoint, NeededFile, Questions, WrittenFile
+from tests.subjects.programs import wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -77,6 +80,23 @@ time.sleep(100)
         program.communicate()
     assert found.memory >= 4 * 32 << 20
     assert 3 * 32 << 20 <= found.copies < found.memory
+
+
+def test_who_came_into_a_container_is_named() -> None:
+    outer = subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", "sleep", "600"])
+    children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
+    wait_until(lambda: bool(children.read_text()), "it has a first process")
+    first = int(children.read_text())
+    guest = subprocess.Popen(["nsenter", "--target", str(first), "--pid", "sleep", "600"])
+    try:
+        wait_until(lambda: bool(list(guests(read_tree(first)))), "the other one is there")
+        (finding,) = guests(read_tree(first))
+        assert "(sleep) came into the container from outside" in finding.text
+        assert finding in facts.program_facts(first).findings
+    finally:
+        outer.kill()  # and with it all in the namespace
+        outer.wait()
+        guest.wait()
 
 
 def test_a_program_runs_again_before_its_files_are_looked_at(
