@@ -18,6 +18,7 @@ import pytest
 from phaul_engine import calls
 from phaul_engine.departure import Departure
 from phaul_engine.errors import GoneError
+from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.proc.access import looking
 from phaul_engine.target import Asking, Tracer
 
@@ -159,3 +160,34 @@ def test_whatever_is_asked_of_a_process_that_has_ended_says_so() -> None:
             look()
     with pytest.raises(IsADirectoryError), looking():
         os.open("/proc", os.O_RDWR)
+
+
+_LOG = """
+import os, sys
+log = os.open(sys.argv[1] + "/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+if os.fork() and os.fork():
+    open(sys.argv[1] + "/begun", "w").close()
+while True:
+    os.write(log, b"line\\n")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_file_that_all_have_open_is_one_though_its_offset_moves(tmp_path: Path) -> None:
+    quiet = subprocess.DEVNULL
+    command = [sys.executable, "-c", _LOG, str(tmp_path)]
+    with subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True) as process:
+        wait_until((tmp_path / "begun").exists, "the program begins")
+        try:
+            with Tracer() as tracer, Departure(tracer, process.pid) as departure:
+                found = [_holders(departure.survey(timeout_ms=8000).checkpoint, b"/log") for _ in range(_SURVEYS)]
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert found == [[3]] * _SURVEYS
+
+
+def _holders(checkpoint: Checkpoint, name: bytes) -> list[int]:
+    """How many descriptors each description of a file of such a name has."""
+    ids = [record.message.id for record in checkpoint.records("files") if record.message.reg.name.endswith(name)]
+    held = [one.message.id for table in checkpoint.idents("fdinfo") for one in checkpoint.records("fdinfo", table)]
+    return [held.count(number) for number in ids]

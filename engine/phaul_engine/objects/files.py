@@ -179,7 +179,7 @@ class FilesPass:
                 for fd in access.list_numbers(table.owner.proc, "fd"):
                     descriptor = self._examine(table, fd, infos)
                     if descriptor is not None:
-                        found.setdefault(_look(descriptor), []).append(((table.files_id, fd), descriptor))
+                        found.setdefault(self._look(descriptor), []).append(((table.files_id, fd), descriptor))
                         order.append((table.files_id, descriptor))
         for look, members in found.items():
             for same in self._descriptions(members):
@@ -207,7 +207,7 @@ class FilesPass:
         status = os.fstat(own)
         link = _link(self._proc_self, own, status, info.flags)
         descriptor = Descriptor(owner, -1, own, link, replace(info, flags=info.flags & ~os.O_CLOEXEC), status, where)
-        look = _look(descriptor)
+        look = self._look(descriptor)
         for other, file_id in self._like.get(look, ()):
             if calls.compare_descriptions(own, other.own) == 0:
                 return file_id
@@ -301,6 +301,20 @@ class FilesPass:
                 return None
             raise
 
+    def _look(self, descriptor: Descriptor) -> object:
+        """What is equal for all descriptors of one description, and tells most of them apart. In a survey the tree may
+        run meanwhile, and move its offsets."""
+        status, info = descriptor.status, descriptor.info
+        return (
+            status.st_dev,
+            status.st_ino,
+            stat.S_IFMT(status.st_mode),
+            info.flags & ~os.O_CLOEXEC,
+            0 if self._collection.survey else info.pos,
+            info.eventfd_id,
+            descriptor.link,
+        )
+
     def _info(self, place: tuple[int, int], text: str) -> fdinfo.FdInfo:
         known = self._files.info(place)
         info = known if known is not None and known.raw == text else fdinfo.parse(text)
@@ -383,20 +397,6 @@ def _pipefs() -> int:
     finally:
         os.close(reader)
         os.close(writer)
-
-
-def _look(descriptor: Descriptor) -> object:
-    """What is equal for all descriptors of one description in a stopped tree, and tells most of them apart."""
-    status, info = descriptor.status, descriptor.info
-    return (
-        status.st_dev,
-        status.st_ino,
-        stat.S_IFMT(status.st_mode),
-        info.flags & ~os.O_CLOEXEC,
-        info.pos,
-        info.eventfd_id,
-        descriptor.link,
-    )
 
 
 def _signals(descriptor: Descriptor) -> tuple[bytes, int]:
