@@ -164,19 +164,13 @@ trace_describe (pid_t tid, char *text, size_t size)
 		snprintf (text, size, "task %d %.*s in state %c", tid, (int) (close - open + 1), open, close[2]);
 }
 
-/* Whether a task has been sleeping uninterruptibly for so long that it is likely to wait for a task that we have
-   stopped, as a vfork parent does: to wait on would only make the pause longer. */
-static bool
-sleeps_for_us (pid_t tid, int64_t begun)
+char
+trace_state (pid_t tid)
 {
 	char who[96];
-	size_t length;
 
-	if (ph_now_us () - begun < D_STATE_US)
-		return false;
 	trace_describe (tid, who, sizeof (who));
-	length = strlen (who);
-	return length > 0 && who[length - 1] == 'D';
+	return who[strlen (who) - 1];
 }
 
 /* Wait for any state change of `tid` until `deadline`. Short waits spin, longer ones sleep in small steps. */
@@ -193,7 +187,11 @@ wait_change (pid_t tid, int64_t deadline, int *status, struct ph_error *err)
 				return 0;
 			if (got < 0 && errno != EINTR)
 				return ph_fail (err, ESRCH, "task %d is gone", tid);
-			if (ph_now_us () > deadline || (round > 50 && sleeps_for_us (tid, begun)))
+			char state = round > 50 && ph_now_us () - begun > D_STATE_US ? trace_state (tid) : 0;
+			if (state == 'Z') /* a leader, whose end is not told while we have other threads to reap */
+				return ph_fail (err, ESRCH, "task %d has ended", tid);
+			/* 'D' for so long: it is likely to wait for a task that we have stopped, as a vfork parent does */
+			if (ph_now_us () > deadline || state == 'D')
 				{
 					trace_describe (tid, who, sizeof (who));
 					return ph_fail (err, ETIMEDOUT, "%s does not stop", who);

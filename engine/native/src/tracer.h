@@ -53,4 +53,7 @@ int trace_go_on (pid_t tid, int status, struct ph_error *err);
 /* Name and state of a task, for messages. */
 void trace_describe (pid_t tid, char *text, size_t size);
 
+/* The letter of a task's state, as in proc_pid_stat(5); something else where there is no such task. */
+char trace_state (pid_t tid);
+
 #endif

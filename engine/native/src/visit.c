@@ -20,6 +20,7 @@
 #define HEAD 1024
 #define SPINS 200
 #define NAP_US 100
+#define NAPS 64 /* between two looks whether it still lives: the end of a leader is not told before that of its threads */
 #define PATIENCE_MS 2000 /* an interpreter whose engine is silent for so long goes home by itself */
 #define ROOM (PH_SLOT_SIZE - PH_SLOT_STACK - PH_SLOT_FRAME - 2048)
 
@@ -115,6 +116,8 @@ await (const struct visit_job *job, struct ph_question *question, int64_t deadli
 				return ph_fail (err, ETIMEDOUT, "wait for a program of task %d", question->state->tid);
 			if (round > SPINS && look_after (question->state->tid, err) < 0)
 				return -1;
+			if (round % NAPS == NAPS - 1 && round > SPINS && trace_state (question->state->tid) == 'Z')
+				return ph_fail (err, ESRCH, "task %d has ended", question->state->tid);
 			if (round > SPINS)
 				syscall (SYS_futex, &slot->state, FUTEX_WAIT, state, &(struct timespec){ .tv_nsec = NAP_US * 1000 },
 					 NULL, 0);
