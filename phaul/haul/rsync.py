@@ -98,7 +98,7 @@ def send(
             _end(process)
         if status not in (0, _VANISHED):
             complaints.seek(0)
-            text = complaints.read().decode(errors="replace").strip()[-300:]
+            text = complaints.read().decode(errors="replace").strip()[:300]  # what came later may come of it
             raise PhaulError(f"rsync of {root} failed with status {status}: {text}")
 
 
