@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from phaul_engine.objects import sysv_shm
+from phaul_engine.proc import lives
 
 KIND, LEFT_KIND = "haul", "haul-left"
 """Of journal entries: what has come, and what is left."""
@@ -65,13 +65,13 @@ def left_entry(trees: Iterable[str], pids: Iterable[int]) -> dict[str, Any]:
     for path in trees:
         status = os.lstat(path)
         found.append([path, status.st_dev, status.st_ino])
-    return {"kind": LEFT_KIND, "data": {"trees": found, "tasks": sysv_shm.tasks(pids)}}
+    return {"kind": LEFT_KIND, "data": {"trees": found, "tasks": lives.tasks(pids)}}
 
 
 def put_aside(data: dict[str, Any]) -> None:
     """Put what the program has left aside, if it is dead here; else do nothing. OSError if that cannot be, as where
     something is mounted there."""
-    if sysv_shm.any_lives(data["tasks"]):
+    if lives.any_lives(data["tasks"]):
         return
     for path, device, inode in data["trees"]:
         try:

@@ -21,9 +21,9 @@ from phaul_engine import calls
 from phaul_engine.errors import EngineError, RebuildError
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.pb import memfd_pb2
-from phaul_engine.proc import access
+from phaul_engine.proc import access, lives
 
-from . import confinement, mounted, sysv_shm
+from . import confinement, mounted
 from .base import Collection, Descriptor, Restoration
 from .staged import Staged, fresh_name
 
@@ -274,7 +274,7 @@ def undo_entries(checkpoint: Checkpoint, pids: Iterable[int]) -> list[dict[str, 
             with _same_file(*noted) as found:
                 if found is not None:
                     files[kind].append(noted)
-    tasks = sysv_shm.tasks(pids)
+    tasks = lives.tasks(pids)
     return [{"kind": kind, "data": {"files": some, "tasks": tasks}} for kind, some in files.items() if some]
 
 
@@ -303,7 +303,7 @@ class _File(NamedTuple):
 
 def _left(data: dict[str, Any]) -> Iterator[_File]:
     """The files that are there still, and the same; none while a task lives."""
-    if sysv_shm.any_lives(data["tasks"]):
+    if lives.any_lives(data["tasks"]):
         return
     for noted in data["files"]:
         with _same_file(*noted) as found:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from phaul_engine import calls
+from phaul_engine.proc import lives
 from phaul_engine.proc.access import open_process
 from phaul_engine.proc.mountinfo import Mount, read_mounts
 
-from . import sysv_shm
 from .base import SkeletonTask
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -75,7 +75,7 @@ class Staged:
         outside, task = _outside(self.parent, above, self.tasks)
         data: dict[str, Any] = {"directory": os.path.join(outside or above, self.directory), "name": self.name}
         if not outside and task is not None:
-            data["tasks"] = sysv_shm.tasks([task.pid])
+            data["tasks"] = lives.tasks([task.pid])
         return {"kind": KIND, "data": data}
 
 
@@ -163,7 +163,7 @@ def _beside(data: dict[str, Any]) -> Iterator[int]:
     """The directory of a file's final place. FileNotFoundError if it went with the tree."""
     if "tasks" not in data:
         root = os.open("/", _DIRECTORY)
-    elif sysv_shm.any_lives(data["tasks"]):
+    elif lives.any_lives(data["tasks"]):
         root = os.open(f"/proc/{data['tasks'][0][0]}/root", _DIRECTORY)
     else:
         raise FileNotFoundError(data["directory"])

@@ -8,21 +8,18 @@ attachments go on. What the kernel does not let anybody set: creator, and the pi
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from phaul_engine import calls
-from phaul_engine.errors import GoneError, RebuildError
+from phaul_engine.errors import RebuildError
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.pb import ipc_desc_pb2, ipc_shm_pb2
-from phaul_engine.proc.access import open_process
+from phaul_engine.proc import lives
 from phaul_engine.proc.maps import Area
-from phaul_engine.proc.stat import read_stat
 
 from .base import Collection, Owner
 
@@ -190,23 +187,12 @@ def condemn(checkpoint: Checkpoint) -> None:
 def undo_entries(checkpoint: Checkpoint, pids: Iterable[int]) -> list[dict[str, Any]]:
     """What a journal must hold so that no segment outlives the copy of the tree, tasks `pids`, that is killed here."""
     segments = [[one.message.desc.id, one.message.desc.key] for one in checkpoint.records(IMAGE, NAMESPACE)]
-    return [{"kind": KIND, "data": {"segments": segments, "tasks": tasks(pids)}}] if segments else []
-
-
-def tasks(pids: Iterable[int]) -> list[list[int]]:
-    """Processes for a journal: each with when it began, so that it is not taken for a later one of its number."""
-    found = []
-    for pid in pids:
-        with contextlib.ExitStack() as stack:
-            proc = open_process(pid)
-            stack.callback(os.close, proc)
-            found.append([pid, read_stat(proc).start])
-    return found
+    return [{"kind": KIND, "data": {"segments": segments, "tasks": lives.tasks(pids)}}] if segments else []
 
 
 def remove(data: dict[str, Any]) -> None:
     """Remove the segments, if the tree that used them here is dead and nobody else does; else do nothing."""
-    if any_lives(data["tasks"]):
+    if lives.any_lives(data["tasks"]):
         return
     for ident, key in data["segments"]:
         try:
@@ -217,22 +203,3 @@ def remove(data: dict[str, Any]) -> None:
             raise
         if not one.attached and one.key & 0xFFFFFFFF == key:
             calls.shm_remove(ident)
-
-
-def any_lives(tasks: Iterable[tuple[int, int]]) -> bool:
-    """Whether any of these processes (`tasks`) lives still."""
-    return any(_lives(pid, start) for pid, start in tasks)
-
-
-def _lives(pid: int, start: int) -> bool:
-    try:
-        proc = open_process(pid)
-    except GoneError:
-        return False
-    try:
-        stat = read_stat(proc)
-        return not stat.dead and stat.start == start
-    except GoneError:
-        return False
-    finally:
-        os.close(proc)

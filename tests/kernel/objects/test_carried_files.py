@@ -14,8 +14,9 @@ from phaul_engine.errors import RebuildError
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.pb import memfd_pb2
 from phaul_engine.network import undo
-from phaul_engine.objects import carried_file, memfd, sysv_shm
+from phaul_engine.objects import carried_file, memfd
 from phaul_engine.objects.files import FilesPass
+from phaul_engine.proc import lives
 
 from tests.kernel.objects.subject import Copy, at, started, through_bytes
 
@@ -137,7 +138,7 @@ def test_at_the_source_the_name_goes_with_the_copy(place: Path) -> None:
 def _gone() -> list[int]:
     """A task that is dead."""
     with subprocess.Popen(["sleep", "60"]) as sleeper:
-        ((task),) = sysv_shm.tasks([sleeper.pid])
+        ((task),) = lives.tasks([sleeper.pid])
         sleeper.kill()
     return task
 
