@@ -29,8 +29,8 @@ def pytest_sessionstart() -> None:
     theirs = [number for number in _descriptors() if number > 2 and stat.S_ISSOCK(os.fstat(number).st_mode)]
 
     def close() -> None:
-        for number in theirs:
-            os.close(number)
+        while theirs:  # once: in children of children these numbers are others'
+            os.close(theirs.pop())
 
     os.register_at_fork(after_in_child=close)
 
