@@ -147,7 +147,7 @@ def program_facts(pid: int, options: dict[str, Any] | None = None, store: Store 
     findings += _supervisors(root)
     apart = _apart(pid)
     if "pid" in apart:
-        findings += guests(root)
+        findings += guests(pid)
     endpoints = tuple(_endpoints(inodes, pid))
     questions = Questions(
         {} if "pid" in apart else numbers,

@@ -8,28 +8,42 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from phaul_engine.proc import tree
+from phaul_engine.errors import GoneError
+from phaul_engine.proc.access import open_process
+from phaul_engine.proc.stat import read_stat
 
 from phaul.events import Finding
 
 
-def guests(root: tree.Process) -> Iterator[Finding]:
-    """Those in the pid namespace whose first process `root` is."""
-    own = {process.pid for process in root}
-    for pid in sorted(_inside(root.pid) - own):
-        with contextlib.suppress(OSError):  # it has ended
-            name = Path(f"/proc/{pid}/comm").read_text().strip()
-            text = f"pid {pid} ({name}) came into the container from outside, and would be killed"
-            yield Finding(
-                "blocker", "guest", text, "end it first: it was begun by an exec or attach of the runtime, or nsenter"
-            )
+def guests(first: int) -> Iterator[Finding]:
+    """Those in the pid namespace whose first process is `first`. It runs, and so may others begin and end."""
+    namespace = _namespace(first)
+    for pid in sorted(map(int, filter(str.isdecimal, os.listdir("/proc")))):
+        with contextlib.suppress(OSError, GoneError):  # it, or its parent, has ended
+            if _namespace(pid) == namespace and _is_from_outside(pid, first, namespace):
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+                text = f"pid {pid} ({name}) came into the container from outside, and would be killed"
+                yield Finding(
+                    "blocker", "guest", text, "end it first: the runtime's exec or attach, or nsenter, began it"
+                )
 
 
-def _inside(first: int) -> set[int]:
-    """The processes of a pid namespace. In one below it they are descendants of one that is in it."""
-    namespace, found = os.readlink(f"/proc/{first}/ns/pid"), set()
-    for name in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it has ended
-            if os.readlink(f"/proc/{name}/ns/pid") == namespace:
-                found.add(int(name))
-    return found
+def _is_from_outside(pid: int, first: int, namespace: str) -> bool:
+    """Whether those that it comes from lead out of the namespace, and not to its first process."""
+    while pid != first:
+        pid = _parent(pid)
+        if pid == 0 or _namespace(pid) != namespace:  # 0 is nobody that can be seen from here
+            return True
+    return False
+
+
+def _namespace(pid: int) -> str:
+    return os.readlink(f"/proc/{pid}/ns/pid")
+
+
+def _parent(pid: int) -> int:
+    proc = open_process(pid)
+    try:
+        return read_stat(proc).ppid
+    finally:
+        os.close(proc)

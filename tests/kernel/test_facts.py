@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from phaul_engine.collect import Collector
-from phaul_engine.proc.tree import read_tree
 
 from phaul import facts
 from phaul.errors import UsageError
@@ -89,8 +88,8 @@ def test_who_came_into_a_container_is_named() -> None:
     first = int(children.read_text())
     guest = subprocess.Popen(["nsenter", "--target", str(first), "--pid", "sleep", "600"])
     try:
-        wait_until(lambda: bool(list(guests(read_tree(first)))), "the other one is there")
-        (finding,) = guests(read_tree(first))
+        wait_until(lambda: bool(list(guests(first))), "the other one is there")
+        (finding,) = guests(first)
         assert "(sleep) came into the container from outside" in finding.text
         assert finding in facts.program_facts(first).findings
     finally:

@@ -58,11 +58,11 @@ def test_what_keeps_it_from_moving(hosts: Hosts, container: Container) -> None:
 
     container.create(hosts.b, options=["--privileged"])
     hosts.a.run(["podman", "exec", "--detach", container.name, BUSYBOX, "sleep", "100"])
-    assert blockers() == {"tree-missing", "podman-options", "podman-exec"}
+    assert blockers() == {"tree-missing", "podman-options", "guest"}
     container.create(hosts.b)
     container.start(hosts.b)
     hosts.b.run(["podman", "stop", "--time", "0", container.name])
-    assert blockers("--ship", "missing") == {"podman-used", "podman-exec"}
+    assert blockers("--ship", "missing") == {"podman-used", "guest"}
     container.goes_on(hosts.a)
 
 
