@@ -125,15 +125,32 @@ class Index:
                         waiting.append(path)
         return holes
 
-    def doubt(self) -> bool:
-        """What was adopted has been sent by now: names that came or went meanwhile may be there or not. False if too
-        much happened to know of which that is true."""
+    def doubt(self, *, links: bool = False) -> bool:
+        """What was adopted has been sent by now: names that came or went meanwhile may be there or not. So may, if some
+        went away (`links`), other names of their files: rsync sends the files by any of their names. False if too much
+        happened to know of which that is true."""
         self.look()
         self._adopting = False
+        for path in list(self._maybe_linked()) if links else ():
+            self._moved.add(path)
+            self._touched[path] = True
         for path in self._moved:
             self._forget(path)
         self._doubtful, self._moved = self._moved, set()
         return not self._lost
+
+    def _maybe_linked(self) -> Iterator[str]:
+        """Files that have, or may have had since they were adopted, another name. That shows in the time of the last
+        change; in a large file that is written all the time it does not, which would be sent once more for that."""
+        for directory, names in self._sent.items():
+            for name, sent in names.items():
+                status = self._status(path := join(directory, name)) if sent.kind == stat.S_IFREG else None
+                if status is None:
+                    continue
+                changed = sent.times is None or status.st_ctime_ns != sent.times[1]
+                small = status.st_size <= SMALL or status.st_ctime_ns != status.st_mtime_ns
+                if status.st_nlink > 1 or (changed and small):
+                    yield path
 
     # -- a pass ----------------------------------------------------------------------------------------------------
 

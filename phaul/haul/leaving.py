@@ -99,8 +99,8 @@ class Leaving:
 
         for _ in range(_TRIES):
             without = index.adopt(self._go_on)
-            rsync.send(index.number, index.root, send, self._word, without, self._bandwidth)
-            if index.doubt():
+            whole = rsync.send(index.number, index.root, send, self._word, without, self._bandwidth)
+            if index.doubt(links=not whole):
                 return
         raise PhaulError(
             f"more happens in {index.root} than the kernel tells of",

@@ -54,9 +54,9 @@ def send(
     word: Callable[..., bytes],
     without: Iterable[str] = (),
     bandwidth: int = 0,
-) -> None:
+) -> bool:
     """Send a directory, but not the files `without`. `letter` sends one, `word` waits for one of a kind; what they
-    raise ends it. PhaulError where rsync fails."""
+    raise ends it. False if files went away while it looked. PhaulError where rsync fails."""
     ours, theirs = socket.socketpair()
     heard, said = os.pipe()
     with ours, tempfile.TemporaryFile() as complaints, tempfile.NamedTemporaryFile() as excluded:
@@ -100,6 +100,7 @@ def send(
             complaints.seek(0)
             text = complaints.read().decode(errors="replace").strip()[:300]  # what came later may come of it
             raise PhaulError(f"rsync of {root} failed with status {status}: {text}")
+        return status == 0
 
 
 def _pattern(path: str) -> bytes:

@@ -148,6 +148,26 @@ def _stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
+@pytest.mark.skipif(not rsync.here(), reason="rsync is not installed")
+def test_one_of_two_names_goes_away_while_rsync_looks(
+    tmp_path: Path, make: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have meant to send the file by that one, and then sends none."""
+    here = tmp_path / "here"
+    (here / "file").write_text("content")
+
+    def send(*_: object) -> bool:
+        os.link(here / "file", here / "other")
+        os.unlink(here / "other")
+        return False
+
+    monkeypatch.setattr(rsync, "send", send)
+    pair = make(here, by_rsync=True)
+    pair.leaving.first()
+    pair.applied()
+    assert describe(pair.staged) == describe(here)
+
+
 def test_a_round_is_as_large_as_what_changed(tmp_path: Path, make: Callable[..., Pair]) -> None:
     here = tmp_path / "here"
     for number in range(2000):
