@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from phaul_engine.errors import GoneError
-from phaul_engine.proc.access import open_process
-from phaul_engine.proc.stat import read_stat
+from phaul_engine.proc.stat import stat_of
 
 from phaul.events import Finding
 
@@ -31,7 +30,7 @@ def guests(first: int) -> Iterator[Finding]:
 def _is_from_outside(pid: int, first: int, namespace: str) -> bool:
     """Whether those that it comes from lead out of the namespace, and not to its first process."""
     while pid != first:
-        pid = _parent(pid)
+        pid = stat_of(pid).ppid
         if pid == 0 or _namespace(pid) != namespace:  # 0 is nobody that can be seen from here
             return True
     return False
@@ -39,11 +38,3 @@ def _is_from_outside(pid: int, first: int, namespace: str) -> bool:
 
 def _namespace(pid: int) -> str:
     return os.readlink(f"/proc/{pid}/ns/pid")
-
-
-def _parent(pid: int) -> int:
-    proc = open_process(pid)
-    try:
-        return read_stat(proc).ppid
-    finally:
-        os.close(proc)

@@ -37,8 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from phaul_engine.errors import GoneError
-from phaul_engine.proc.access import open_process
-from phaul_engine.proc.stat import read_stat
+from phaul_engine.proc.stat import stat_of
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from phaul import jsontext
@@ -70,13 +69,13 @@ class Task(BaseModel):
     @classmethod
     def of(cls, pid: int) -> Self:
         """The process that has this number now. GoneError where there is none."""
-        return cls(pid=pid, start=_start(pid))
+        return cls(pid=pid, start=stat_of(pid).start)
 
     @property
     def alive(self) -> bool:
         """Whether it is still there. Only to be asked in the boot that it was noted in."""
         try:
-            return _start(self.pid) == self.start
+            return stat_of(self.pid).start == self.start
         except GoneError:
             return False
 
@@ -514,14 +513,6 @@ class Store:
 def boot_id() -> str:
     """This boot's id (proc_sys_kernel(5), random/boot_id)."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-
-def _start(pid: int) -> int:
-    proc = open_process(pid)
-    try:
-        return read_stat(proc).start
-    finally:
-        os.close(proc)
 
 
 def _tag(migration: str, role: Role) -> bytes:

@@ -31,9 +31,9 @@ from .network import hold, lock, undo
 from .objects import memfd
 from .objects.base import Collection
 from .page_store import DirectoryStore, PageStore, Stored
-from .proc.access import open_at, open_process
+from .proc.access import open_at
 from .proc.maps import Area
-from .proc.stat import read_stat
+from .proc.stat import stat_of
 from .registers import spread
 from .target import Process, Tracer, Tree, stop_tree
 
@@ -299,12 +299,6 @@ def _wait_until_gone(pids: list[int]) -> None:
 
 def _lives(pid: int) -> bool:
     try:
-        proc = open_process(pid)
+        return not stat_of(pid).dead
     except GoneError:
         return False
-    try:
-        return not read_stat(proc).dead
-    except GoneError:
-        return False
-    finally:
-        os.close(proc)

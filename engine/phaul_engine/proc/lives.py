@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterable
 
 from phaul_engine.errors import GoneError
 
-from .access import open_process
-from .stat import read_stat
+from .stat import stat_of
 
 
 def tasks(pids: Iterable[int]) -> list[list[int]]:
     """Processes for a journal: each with when it began, so that it is not taken for a later one of its number."""
-    found = []
-    for pid in pids:
-        with contextlib.ExitStack() as stack:
-            proc = open_process(pid)
-            stack.callback(os.close, proc)
-            found.append([pid, read_stat(proc).start])
-    return found
+    return [[pid, stat_of(pid).start] for pid in pids]
 
 
 def any_lives(tasks: Iterable[tuple[int, int]]) -> bool:
@@ -30,13 +21,7 @@ def any_lives(tasks: Iterable[tuple[int, int]]) -> bool:
 
 def _lives(pid: int, start: int) -> bool:
     try:
-        proc = open_process(pid)
+        stat = stat_of(pid)
     except GoneError:
         return False
-    try:
-        stat = read_stat(proc)
-        return not stat.dead and stat.start == start
-    except GoneError:
-        return False
-    finally:
-        os.close(proc)
+    return not stat.dead and stat.start == start

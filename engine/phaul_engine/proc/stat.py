@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from phaul_engine.errors import EngineError
 
-from .access import read_bytes
+from .access import open_process, read_bytes
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,15 @@ _AFTER_STATE = (4, 5, 6, 7, 8, 9, 18, 19, 20, 22, 26, 27, 28, 38, 40, 41, 45, 46
 def read_stat(proc: int) -> Stat:
     """The stat of a process or thread directory."""
     return parse_stat(read_bytes(proc, "stat"))
+
+
+def stat_of(pid: int) -> Stat:
+    """The stat of a process by its number. GoneError if there is none."""
+    proc = open_process(pid)
+    try:
+        return read_stat(proc)
+    finally:
+        os.close(proc)
 
 
 def parse_stat(text: bytes) -> Stat:
