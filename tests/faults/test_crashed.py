@@ -13,7 +13,7 @@ from phaul.migration import Role
 from tests.faults.scene import RUN, Scene, every_run, wait_hung
 from tests.faults.test_killed import POINTS
 from tests.hosts import Host, Hosts
-from tests.subjects.programs import wait_until
+from tests.subjects.programs import start_echo_client, wait_until
 
 OWN = every_run(
     (Role.SOURCE, "after send COMMIT"),
@@ -67,9 +67,22 @@ def finish(scene: Scene, crashed: Host) -> None:
                 hosts.a.run(["ip", "address", "add", address, "dev", hosts.a.device])
     else:
         scene.server.moved_to(survivor)
-        scene.client.goes_on("requests", 20.0)
-        scene.client.finish()
-        scene.server.finish()
+        if crashed is hosts.b and took_it_along(scene, crashed):
+            serves_others(scene, survivor)
+        else:
+            scene.client.goes_on("requests", 20.0)
+            scene.client.finish()
+            scene.server.finish()
+
+
+def serves_others(scene: Scene, survivor: Host) -> None:
+    """The copy of the moment of the move, which the operator asked for: its connections went on without it and are
+    reset, which this server counts as an error; whoever connects anew is served."""
+    scene.hosts.client.kill(scene.client.pid, signal.SIGKILL)
+    anew = start_echo_client(scene.hosts.client, scene.hosts.service, connections=4)
+    anew.goes_on("requests", 20.0)
+    anew.finish()
+    survivor.kill(scene.server.pid, signal.SIGKILL)
 
 
 def owned(scene: Scene, role: Role) -> bool:
