@@ -37,9 +37,9 @@ fuzz: $(VENV)/installed
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check atheris || true
 	$(BIN)/python -m tests.fuzz.campaign --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
-# Line and branch coverage of Python, agents and their children included, by all tests or those in SUITES: twice their time.
+# Line and branch coverage of Python and C, agents and their children included, by all tests or those in SUITES: twice their time.
 coverage: $(VENV)/installed
-	@$(BIN)/python -c 'import coverage' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check coverage
+	@$(BIN)/python -c 'import coverage, gcovr' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check coverage gcovr
 	$(AS_ROOT) $(BIN)/python -m tests.coverage $(SUITES)
 
 # In virtual machines with Debian's kernels 6.1 and 6.12 (docs/testing.md). Without KVM: minutes for their disks in

@@ -1,9 +1,11 @@
-"""`make coverage`: which lines and branches of Python the tests reach, in their own process and in all that they start:
-commands, agents under their keepers, what SSH starts. Processes that are killed tell nothing of themselves.
+"""`make coverage`: which lines and branches the tests reach, of Python and of the native library, in their own process
+and in all that they start: commands, agents under their keepers, what SSH starts. Processes that are killed or replaced
+tell nothing of themselves; what is injected into programs (engine/native/interp) has nowhere to count.
 
     python -m tests.coverage [DIRECTORY or FILE of tests ...]
 
-Prints the share of each file, of the protocol's and of the others; .state/coverage/html shows what is missing.
+Prints the share of each file, of the protocol's, of the others and of C; .state/coverage/html shows what is missing.
+The native library is built to count while this runs, and built anew after it.
 """
 
 from __future__ import annotations
@@ -45,6 +47,26 @@ disable_warnings = no-data-collected, module-not-measured, module-not-imported, 
 """
 
 
+def _native(*options: str) -> None:
+    """Build the native library of the editable installation with these options of meson."""
+    (build,) = (_ROOT / "build").glob("cp*")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in (["meson", "configure", str(build), *options], ["ninja", "-C", str(build)]):
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+    for path in build.rglob("*.gcda"):
+        path.unlink()
+
+
+@contextmanager
+def _counting() -> Iterator[None]:
+    """The native library counts, for several threads and processes at once."""
+    _native("-Db_coverage=true", "-Dc_args=-fprofile-update=atomic")
+    try:
+        yield
+    finally:
+        _native("-Db_coverage=false", "-Dc_args=[]")
+
+
 @contextmanager
 def _everywhere() -> Iterator[None]:
     """Every Python process of the virtual environment measures itself, whoever starts it: what passes through SSH and
@@ -63,9 +85,22 @@ def _measure(suites: list[str]) -> int:
     _STATE.mkdir(parents=True)
     _STATE.chmod(0o777)
     _CONFIG.write_text(_SETTINGS.format(state=_STATE, root=_ROOT, omit=", ".join(_LEFT_OUT)))
-    with _everywhere():
+    with _counting(), _everywhere():
         command = [sys.executable, "-m", "pytest", "-q", "--timeout", "600", *suites]
-        return subprocess.run(command, cwd=_ROOT, check=False).returncode
+        status = subprocess.run(command, cwd=_ROOT, check=False).returncode
+        _report_native()
+    return status
+
+
+def _report_native() -> None:
+    """What gcov has counted in C."""
+    summary = _STATE / "native.json"
+    command = [sys.executable, "-m", "gcovr", "--root", str(_ROOT), "--filter", "engine/native/", str(_ROOT / "build")]
+    command += ["--json-summary", str(summary), "--html-details", str(_STATE / "native.html")]
+    subprocess.run(command, cwd=_ROOT, check=True)
+    whole = json.loads(summary.read_text())
+    for one in (*whole["files"], whole | {"filename": "C"}):
+        print(f"{_shares(one['line_percent'], one['branch_percent'])}  {one['filename']}")
 
 
 def _report() -> None:
@@ -97,7 +132,11 @@ def _share(summaries: list[dict[str, int]]) -> str:
     for covered, total in (("covered_lines", "num_statements"), ("covered_branches", "num_branches")):
         whole = sum(one[total] for one in summaries)
         shares.append(100.0 * sum(one[covered] for one in summaries) / whole if whole else 100.0)
-    return "lines {:5.1f} %, branches {:5.1f} %".format(*shares)
+    return _shares(*shares)
+
+
+def _shares(lines: float, branches: float) -> str:
+    return f"lines {lines:5.1f} %, branches {branches:5.1f} %"
 
 
 def main() -> int:
