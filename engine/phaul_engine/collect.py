@@ -130,6 +130,8 @@ class Collector:
         """Close what is kept between passes."""
         for pid in list(self._known):
             self._forget(pid)
+        for kind in task_kinds():
+            kind.close()
         self._files.close()
         net.close(self._memory)
         mounts.close(self._memory)

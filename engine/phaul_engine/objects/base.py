@@ -374,6 +374,9 @@ class TaskKind(ABC):
         """Called once a pass when all images of all tasks (mm, fs, ...) are in the checkpoint, for what belongs into
         one of those."""
 
+    def close(self) -> None:
+        """Called after the last pass: let go of what is held for one, also where that broke off."""
+
     @abstractmethod
     def rebuild(
         self, core: core_pb2.core_entry, task: SkeletonTask, program: Program, phase: Phase, restoration: Restoration

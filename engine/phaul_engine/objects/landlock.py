@@ -143,7 +143,9 @@ class LandlockDomain(TaskKind):
             )
 
     def finish(self, collection: Collection) -> None:
-        """The witnesses have been heard."""
+        self.close()
+
+    def close(self) -> None:
         for witness in self._witnesses.values():
             witness.close()
         self._witnesses.clear()
