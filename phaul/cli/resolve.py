@@ -6,12 +6,16 @@ import asyncio
 import json
 import sys
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from phaul.cli import options
 from phaul.errors import Exit, PhaulError, UsageError, report
+
+if TYPE_CHECKING:
+    from phaul.config import Settings
+    from phaul.resolve import Word
 
 app = typer.Typer(add_completion=False)
 
@@ -68,28 +72,32 @@ def resolve(
         raise UsageError("--keep decides about one migration: name it")
     word = None if keep is None else resolving.Word(keep, partial(_vouched, keep, assertion))
     names = [migration] if migration is not None else resolving.unfinished(settings)
-    statuses = [Exit.OK]
-    for name in names:
-        try:
-            verdict = asyncio.run(resolving.resolve(name, word, settings))
-        except PhaulError as error:
-            if as_json:
-                _print(name, error.outcome, str(error), where=error.where, advice=error.advice)
-            if migration is not None:
-                raise
-            report(error)
-            if not as_json:
-                print(f"{name}: {error}")
-            statuses.append(_STATUS.get(error.outcome, Exit.ERROR))
-            continue
-        if as_json:
-            _print(name, verdict.outcome, verdict.text)
-        else:
-            print(f"{name}: {verdict.text}")
-        statuses.append(_STATUS.get(verdict.outcome, Exit.ERROR))
+    statuses = [_resolve(name, word, settings, as_json=as_json, alone=migration is not None) for name in names]
     if not names and not as_json:
         print("nothing is left to finish")
-    raise typer.Exit(max(statuses))
+    raise typer.Exit(max(statuses, default=Exit.OK))
+
+
+def _resolve(name: str, word: Word | None, settings: Settings, *, as_json: bool, alone: bool) -> Exit:
+    """Finish one. What goes wrong is raised if it is the only one, and else reported, so that the others have their
+    turn."""
+    from phaul import resolve as resolving
+
+    try:
+        verdict = asyncio.run(resolving.resolve(name, word, settings))
+    except PhaulError as error:
+        if as_json:
+            _print(name, error.outcome, str(error), where=error.where, advice=error.advice)
+        if alone:
+            raise
+        print(f"{name}:", file=sys.stderr)
+        report(error)
+        return _STATUS.get(error.outcome, Exit.ERROR)
+    if as_json:
+        _print(name, verdict.outcome, verdict.text)
+    else:
+        print(f"{name}: {verdict.text}")
+    return _STATUS.get(verdict.outcome, Exit.ERROR)
 
 
 def _print(name: str, outcome: str, reason: str, **more: str) -> None:
