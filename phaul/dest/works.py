@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phaul_engine import catching, cgroup, sleep_log
 from phaul_engine.clocks import Clocks, machine_clocks, own_clocks
@@ -27,21 +27,17 @@ from phaul_engine.memory.sink import PageSink
 from phaul_engine.memory.stream import Channel
 from phaul_engine.namespaces import control_groups, lodging
 from phaul_engine.namespaces.mnt import externals
-from phaul_engine.namespaces.net import kind as net_namespace
-from phaul_engine.network import replay
-from phaul_engine.network.address import Address
-from phaul_engine.network.announce import Announcer
-from phaul_engine.network.replay import Injector
 from phaul_engine.objects import carried_file, confinement, journal_stream, sysv_shm, unix_socket, waking
 from phaul_engine.target import Tracer
 
-from phaul import config, events, policy, workloads
+from phaul import events, policy, workloads
 from phaul.config import SLEEPS
+from phaul.dest.directories import Directories
+from phaul.dest.network import Network
+from phaul.dest.register import Register
 from phaul.driver import blocking
-from phaul.errors import ArbiterError, OverruledError, PhaulError
+from phaul.errors import PhaulError
 from phaul.events import Event
-from phaul.haul.arriving import Arriving
-from phaul.haul.places import NOWHERE, Places
 from phaul.journal import Journal, Row, Store, Task, Undo, boot_id
 from phaul.migration import Done, Role, Work
 from phaul.policy import Incoming, PolicyError
@@ -49,15 +45,11 @@ from phaul.recovery import Deeds
 from phaul.transport.direct import Kind, Letter
 from phaul.urgency import Urgency
 
-if TYPE_CHECKING:
-    from phaul.arbiter import Arbiter
-
 log = logging.getLogger(__name__)
 
 _LAST_PAGES_TIMEOUT = 60.0
 _FREEZE_TIMEOUT = 5.0
 _NEARLY = 1_000_000  # nanoseconds
-_SYNC_PATIENCE = 15.0  # seconds for directories to come to the disk, when the program runs
 _LAG = 1.0  # seconds that a tree waits for its clock, at most
 _LOOK = 0.25  # seconds between two looks at the memory of a copy that has a limit
 
@@ -86,25 +78,17 @@ class DestinationWorks:
         self._busy = threading.Lock()
         self._round = -1
         self._protection: asyncio.Task[None] | None = None
-        self._awake = False
-        self._frames: list[bytes] = []
-        self._addresses: list[Address] = []
-        self._announcers: list[Announcer] = []
-        self._injector: Injector | None = None
+        self._network = Network(migration)
+        self._directories = Directories()
         self._waking: dict[str, Any] = {}
         self._noted: list[dict[str, Any]] = []  # of files that wait beside their places
         self._prints: list[fingerprint.Print] = []
         self._gate = policy.of_agent()
-        self._arbiter: Arbiter | None = None
-        self.overruled = False  # the source has had the arbiter decide: it waits for no answer
-        self._warming: asyncio.Task[None] | None = None
+        self._register = Register(migration)
+        self._cleanup.callback(self._register.close)
         self._watch: asyncio.Task[None] | None = None
         self.failed: Callable[[str], None] = lambda _: None  # told when nobody has asked
         self.answer: Callable[[bytes], None] = lambda _: None  # to what has come of directories; from any thread
-        self._arriving: Arriving | None = None  # directories that come along
-        self._room = asyncio.Event()  # there is a place for them
-        self._there = asyncio.Event()  # they have come, so far
-        self._syncing: asyncio.Future[None] | None = None
         self._urgency = Urgency()
         self._cleanup.callback(self._urgency.end)
 
@@ -134,7 +118,7 @@ class DestinationWorks:
                 self._prints = fingerprint.unpack(letter.body)
             case Kind.HURRY if letter.body == b"\1":
                 self._urgency.begin()
-                self._warming = asyncio.create_task(self._warm())
+                self._register.warm()
                 self._rehearse()
                 self.hurried = True
             case Kind.HURRY:
@@ -143,9 +127,9 @@ class DestinationWorks:
             case Kind.ALIVE:
                 pass  # that it came is all it says
             case Kind.FRAMES:
-                self._take_frames(letter.body)
+                self._network.take(letter.body)
             case Kind.HAUL:
-                await self._take_haul(letter.body)
+                await self._directories.take(letter.body, hurried=self.hurried)
             case _:
                 raise EngineError(f"the source sent {letter.kind.name} where it makes no sense")
 
@@ -201,9 +185,7 @@ class DestinationWorks:
         match work:
             case Work.BUILD:
                 await blocking(lambda: self._alone(self._begin))
-                if self._arriving is not None:
-                    self._room.set()
-                    await self._there.wait()
+                await self._directories.have_come()
                 await blocking(lambda: self._alone(self._build))
                 if self._gate.rule.memory:
                     self._watch = asyncio.create_task(self._watch_memory())
@@ -213,7 +195,7 @@ class DestinationWorks:
                     self._watch.cancel()
                 await self._land()
             case Work.CLAIM:
-                await self._claim()
+                await self._register.claim()
             case Work.DETACH:
                 self._detach()
             case Work.WAKE:
@@ -240,15 +222,9 @@ class DestinationWorks:
         with self._busy:
             if self._landing is not None:
                 self._landing.close()
-        for address in self._addresses:
-            address.close()
-        for announcer in self._announcers:
-            announcer.close()
-        if self._injector is not None:
-            self._injector.close()
+        self._network.close()
         self._cleanup.close()
-        if self._arriving is not None:
-            self._arriving.close()
+        self._directories.close()
         if self._cgroup is not None:
             self._cgroup.close()
         if self.journal is not None:
@@ -259,6 +235,11 @@ class DestinationWorks:
         with self._busy:
             act()
 
+    def _note(self, entries: Sequence[dict[str, Any]]) -> None:
+        """What whoever comes after us has to undo, or to do."""
+        if entries and self.journal is not None:
+            self.journal.note(undo=tuple(Undo(**entry) for entry in entries))
+
     def _deeds(self) -> Deeds:
         if self.journal is None:
             raise EngineError("the migration has no row yet")
@@ -268,7 +249,7 @@ class DestinationWorks:
 
     def _begin(self) -> None:
         """The row, and a place for directories that come along."""
-        self._arbiter = self._find_register() if self._settings.get("arbiter") else None
+        arbiter = self._register.find() if self._settings.get("arbiter") else {}
         parent = cgroup.path_of(os.getpid())
         moved = [str(text) for text in self._settings.get("moved", ())]
         hauled = tuple(str(path) for path in self._settings.get("hauled", ()))
@@ -286,44 +267,17 @@ class DestinationWorks:
             addresses=tuple(moved),
             link=self.link,
             caller=self._gate.who,
-            arbiter=config.load().arbiter.model_dump(mode="json") if self._arbiter is not None else {},
+            arbiter=arbiter,
         )
         self.journal = self._store.create(row)
         if hauled:
-            self._arriving = Arriving(hauled, self.migration, self.answer, self._rooms())
-            self.journal.note(undo=tuple(Undo(**entry) for entry in self._arriving.entries()))
-            self._arriving.make()
-
-    async def _take_haul(self, body: bytes) -> None:
-        """Something of the directories that come along. What takes long is done beside the loop."""
-        await self._room.wait()
-        arriving = self._arriving
-        if arriving is None:
-            raise EngineError("the source sent files that nobody waits for")
-        if self.hurried:
-            arriving.take(body)
-        else:
-            await asyncio.to_thread(arriving.take, body)
-        if arriving.complete and not self._there.is_set():
-            self._there.set()
-            self._syncing = asyncio.ensure_future(asyncio.to_thread(arriving.sync))
-            self._syncing.add_done_callback(lambda task: task.cancelled() or task.exception())  # waited for in the end
+            self._note(self._directories.begin(hauled, self.migration, self.answer, self._rooms()))
+            self._directories.make()
 
     async def _sync_directories(self) -> None:
-        """The first round has had the time of all others for that; the rest is little. A disk that takes longer keeps
-        the source waiting no more: the program runs here in any case."""
-        if self._arriving is None or self._syncing is None or self.journal is None:
-            return
-        last = asyncio.ensure_future(asyncio.to_thread(self._arriving.sync))
-        done, late = await asyncio.wait({self._syncing, last}, timeout=_SYNC_PATIENCE)
-        problems = [str(one.exception()) for one in done if one.exception() is not None]
-        if problems or late:
-            why = problems[0] if problems else f"it takes longer than {_SYNC_PATIENCE:.0f} s"
+        why = await self._directories.sync()
+        if why and self.journal is not None:
             self.journal.note(warning=f"directories may not be on the disk yet: {why}")
-
-    @property
-    def _places(self) -> Places:
-        return self._arriving.places if self._arriving is not None else NOWHERE
 
     def _build(self) -> None:
         if self._survey is None or self.journal is None:
@@ -337,7 +291,7 @@ class DestinationWorks:
         where = parent if spread else cgroup.path_of_hold(parent, self.migration)
         self.journal.note(cgroup=where)
         self._cgroup = cgroup.Hold.begin(hierarchy, where)
-        self._prepare_network(moved)
+        self._note(self._network.prepare(moved))
         options = {
             **self._settings.get("options", {}),
             **catching.NOTHING,
@@ -345,7 +299,7 @@ class DestinationWorks:
             **place.options,
             confinement.OPTION: self._gate.confinement,
             journal_stream.UNIT: os.path.basename(parent),  # the unit that the tree lives in
-            externals.PLACES: self._places.staged,
+            externals.PLACES: self._directories.places.staged,
         }
         self._landing = Landing(
             self._tracer,
@@ -359,14 +313,14 @@ class DestinationWorks:
         tasks = tuple(Task.of(pid) for pid in self._landing.skeleton.pids().values())
         staged = self._staged()
         staged += sysv_shm.undo_entries(self._survey, self._landing.skeleton.pids().values())
-        staged += self._prepare_own_network()
+        staged += self._network.prepare_own(self._landing.skeleton.restoration)
         self.journal.note(tasks=tasks, undo=tuple(Undo(**entry) for entry in staged))
         self.journal.sync()
 
     def _make_ready(self) -> workloads.Place:
         """Have the runtime that the program will belong to make a place for it."""
         kind, facts, note = self._workload()
-        return workloads.of(kind).prepare(facts, note, self._tracer, self._places)
+        return workloads.of(kind).prepare(facts, note, self._tracer, self._directories.places)
 
     def _rooms(self) -> dict[str, str]:
         """Where the runtime has directories that come along."""
@@ -384,42 +338,15 @@ class DestinationWorks:
 
         return kind, facts, note
 
-    def _find_register(self) -> Arbiter:
-        """The arbiter's register of this migration, which the source has made."""
-        from phaul.arbiter import OPEN, Arbiter
-
-        settings, file = config.load().arbiter, config.SYSTEM_FILE
-        if not settings.endpoints:
-            raise EngineError("the source has an arbiter, and this host none", advice=f"[arbiter] in {file}")
-        register = Arbiter(settings, self.migration)
-        self._cleanup.callback(register.close)
-        if register.says() != OPEN:
-            what = "this host's arbiter knows nothing of the migration"
-            raise EngineError(what, advice=f"[arbiter] in {file} must be the same on both hosts")
-        return register
-
     @property
     def arbitrated(self) -> bool:
         """Whether an arbiter decides about this migration; known from BUILD on."""
-        return self._arbiter is not None
+        return self._register.found
 
-    async def _warm(self) -> None:
-        """Have a connection to the arbiter that stands when the freeze needs it."""
-        if self._arbiter is not None:
-            with contextlib.suppress(ArbiterError):
-                await asyncio.to_thread(self._arbiter.says)
-
-    async def _claim(self) -> None:
-        """One round trip to the arbiter, in the freeze: nothing else has anything to do meanwhile."""
-        if self._arbiter is None:
-            raise EngineError("there is no arbiter")
-        if self._warming is not None:
-            await asyncio.wait({self._warming})  # called off, a claim must not take it along: the next waits for it too
-        try:
-            self._arbiter.decide("resumed")
-        except OverruledError:
-            self.overruled = True
-            raise
+    @property
+    def overruled(self) -> bool:
+        """Whether the source has had the arbiter decide: it waits for no answer."""
+        return self._register.overruled
 
     def _staged(self) -> list[dict[str, Any]]:
         """Journal entries of files that wait beside their places, each once."""
@@ -428,29 +355,6 @@ class DestinationWorks:
         new = [entry for entry in entries if entry not in self._noted]
         self._noted += new
         return new
-
-    def _prepare_network(self, moved: Sequence[str]) -> None:
-        if not moved or self.journal is None:
-            return
-        self._addresses = [Address.prepare(text) for text in moved]
-        by_device: dict[str, list[str]] = {}
-        for one in self._addresses:
-            by_device.setdefault(one.interface, []).append(one.address)
-        self._announcers = [Announcer.prepare(device, addresses) for device, addresses in by_device.items()]
-        self._injector = Injector.prepare(self.migration, self._addresses[0].interface)
-        entries = [one.undo_add() for one in self._addresses]
-        self.journal.note(undo=tuple(Undo(**entry) for entry in (*entries, self._injector.entry())))
-
-    def _prepare_own_network(self) -> list[dict[str, Any]]:
-        """Of a tree with a network namespace: where held packets come in, and what is plugged in the end. Returned is
-        what the journal must hold of it."""
-        restoration = self.landing.skeleton.restoration
-        entries = net_namespace.plug_entries(restoration)
-        heard = net_namespace.heard_at(restoration)
-        if heard is not None and self._injector is None:
-            self._injector = Injector.prepare(self.migration, *heard)
-            entries.append(self._injector.entry())
-        return entries
 
     async def _begin_round(self, number: int) -> None:
         await self._complete_round()
@@ -527,16 +431,14 @@ class DestinationWorks:
 
     def _note_waking(self) -> None:
         """What must be done after the commit stands in the journal before it: we may not live to do it."""
-        staged = self._staged()
-        if staged and self.journal is not None:
-            self.journal.note(undo=tuple(Undo(**entry) for entry in staged))
+        self._note(self._staged())
         heads = self.landing.skeleton.last_words.entry(self._cgroup.path if self._cgroup is not None else "")
-        if heads is not None and self.journal is not None:
-            self.journal.note(undo=(Undo(**heads),))
+        if heads is not None:
+            self._note([heads])
         entry = waking.entry(self.landing.skeleton.restoration, f"/run/phaul/{self.migration}.wake")
-        if entry is not None and self.journal is not None:
+        if entry is not None:
             self._waking = entry["data"]
-            self.journal.note(undo=(Undo(**entry),))
+            self._note([entry])
 
     def _detach(self) -> None:
         """Hardly ever is anything late; the tasks are parked, thawed or not."""
@@ -548,23 +450,17 @@ class DestinationWorks:
 
     def _wake(self) -> None:
         """RESUMED is written: be heard of, then run."""
-        for address in self._addresses:
-            address.add()
-        for announcer in self._announcers:
-            announcer.send()
+        self._network.be_heard()
         self.landing.wake()
-        self._awake = True
-        if self._injector is not None:
-            self._injector.inject(self._frames)
-        self._frames.clear()
+        self._network.replay()
         if self._cgroup is not None:
             self._cgroup.thaw()
         if self._waking:
             waking.forget(self._waking)
-        if self._arriving is not None and self.journal is not None:
-            try:
-                self._arriving.publish()
-            except OSError as error:
+        try:
+            self._directories.publish()
+        except OSError as error:
+            if self.journal is not None:
                 self.journal.note(warning=f"{error.filename} keeps its name: {error.strerror}")
 
     def _leave(self) -> None:
@@ -574,23 +470,13 @@ class DestinationWorks:
             self._landing.close()
             self._landing = None
 
-    def _take_frames(self, body: bytes) -> None:
-        frames = list(replay.unpack(body))
-        if self._awake and self._injector is not None:
-            self._injector.inject(frames)
-        else:
-            self._frames += frames
-
     def _kill(self) -> None:
         self._urgency.end()
         if self._landing is not None:
             self._landing.close()
             self._landing = None
-        if self._injector is not None:
-            self._injector.close()
-            self._injector = None
-        if self._arriving is not None:
-            self._arriving.close()
+        self._network.forget()
+        self._directories.close()
         if self.journal is not None:
             self._deeds().do(Work.KILL)
 
