@@ -104,6 +104,26 @@ def test_a_byte_that_changes_on_the_way_ends_it(hosts: Hosts) -> None:
     scene.agrees(migration)
 
 
+@pytest.mark.parametrize("how", every_run("corrupted")(["stalled", "half-open", "corrupted"]))
+def test_what_carries_everything(hosts: Hosts, how: str) -> None:
+    """--tunnel: SSH's connection stands still for 30 s, or for good, or changes a byte (RFC 4253, 6.4)."""
+    scene = Scene.begin(hosts)
+    scene.arm(Role.DESTINATION, "after send PREPARED", "hang")
+    process = scene.start(["--tunnel", *SLOWLY])
+    pid = wait_hung(hosts.b)
+    to_ssh = f"ip daddr {hosts.b.address} tcp dport 22"
+    rule(hosts.a, f"{to_ssh} ip length > 1200 @th,4800,8 set 0x5a" if how == "corrupted" else f"{to_ssh} drop")
+    hosts.b.kill(pid, signal.SIGCONT)
+    if how == "stalled":
+        time.sleep(30)
+        no_rules(hosts.a)
+    migration = scene.answer(process, 150.0)
+    if how != "stalled":
+        no_rules(hosts.a)
+    assert migration.outcome == "stayed" or how == "stalled", f"{migration}\n{scene.told()}"
+    scene.agrees(migration)
+
+
 @at_length
 def test_a_slow_link(hosts: Hosts) -> None:
     scene = Scene.begin(hosts)
