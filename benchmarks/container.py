@@ -34,7 +34,6 @@ _REDIS, _HTTP = 6379, 80
 _PAUSE = 0.001  # seconds between a client's questions
 _START = 120.0  # seconds for systemd and the servers to be there
 _FILES = {
-    "etc/systemd/system/redis-server.service.d/moves.conf": "[Service]\nPrivateUsers=no\n",
     "etc/nginx/conf.d/connections.conf": "keepalive_requests 1000000;\n",
     "var/www/html/index.html": "phaul\n",
 }
@@ -50,7 +49,7 @@ def why_missing() -> str:
 def serving(hosts: Hosts) -> Iterator[Container]:
     """The container, running on host a with all of its servers up; it may have moved when it is removed. It is
     unprivileged, as systemd gives services of a privileged one BPF programs, which do not move."""
-    debian.tree(debian.SERVERS)
+    debian.tree()
     with bridged(hosts), ExitStack() as stack:
         container = Container(hosts, BASIC + UNPRIVILEGED + NETWORK, name="servers")
         _make_root(container.root, hosts.client)
@@ -66,7 +65,7 @@ def serving(hosts: Hosts) -> Iterator[Container]:
 
 
 def _make_root(root: Path, client: Host) -> None:
-    make_debian_root(root, unprivileged=True, packages=debian.SERVERS)
+    make_debian_root(root, unprivileged=True)
     files = {**_FILES, "root/.ssh/authorized_keys": client.key.with_suffix(".pub").read_text()}
     for name, text in files.items():
         path = root / name

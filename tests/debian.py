@@ -10,13 +10,19 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 STATE = Path(__file__).parents[1] / ".state" / "debian"
-PACKAGES = ("systemd-sysv", "dbus", "libpam-systemd", "openssh-server", "cron", "nginx-light", "iproute2")
-SERVERS = (*PACKAGES, "redis-server")
-"""What the benchmarks' container has."""
+PACKAGES = (
+    "systemd-sysv",
+    "dbus",
+    "libpam-systemd",
+    "openssh-server",
+    "cron",
+    "nginx-light",
+    "iproute2",
+    "redis-server",
+)
 SUITE = "bookworm"
 _WASTE = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale", "usr/share/man")
 
@@ -26,14 +32,14 @@ def missing() -> str:
     return "" if _place().exists() else "make it first: python -m tests.debian"
 
 
-def _place(packages: Sequence[str] = PACKAGES) -> Path:
-    return STATE / hashlib.sha256(" ".join((SUITE, *packages)).encode()).hexdigest()[:12]
+def _place() -> Path:
+    return STATE / hashlib.sha256(" ".join((SUITE, *PACKAGES)).encode()).hexdigest()[:12]
 
 
-def tree(packages: Sequence[str] = PACKAGES) -> Path:
+def tree() -> Path:
     """The directory of one, which nobody may change. One builder at a time makes it; it gets its name when it is
     whole."""
-    place = _place(packages)
+    place = _place()
     STATE.mkdir(parents=True, exist_ok=True)
     with open(STATE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -41,7 +47,7 @@ def tree(packages: Sequence[str] = PACKAGES) -> Path:
             draft = place.with_suffix(".new")
             shutil.rmtree(draft, ignore_errors=True)
             alone = ("unshare", "--mount", "--propagation", "private")  # what debootstrap mounts there goes with it
-            words = ("debootstrap", "--variant=minbase", f"--include={','.join(packages)}", SUITE, str(draft))
+            words = ("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(draft))
             subprocess.run([*alone, *words], check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=1200)
             for waste in _WASTE:
                 shutil.rmtree(draft / waste, ignore_errors=True)
@@ -49,9 +55,9 @@ def tree(packages: Sequence[str] = PACKAGES) -> Path:
     return place
 
 
-def copy(destination: Path, shift: int = 0, packages: Sequence[str] = PACKAGES) -> None:
+def copy(destination: Path, shift: int = 0) -> None:
     """A copy of one that is there, whose owners are `shift` higher, as a user namespace maps them."""
-    subprocess.run(["cp", "-a", "--one-file-system", _place(packages), destination], check=True)
+    subprocess.run(["cp", "-a", "--one-file-system", _place(), destination], check=True)
     if not shift:
         return
     for directory, below, files in os.walk(destination):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .errors import RebuildError, TargetError
 from .native import check, error_text, failure, ffi, lib, new_error
-from .program import Program, Results
+from .program import Buf, Program, Results
 
 _HEAD = 1024
 _LIMIT = lib.PH_SLOT_SIZE - lib.PH_SLOT_STACK - lib.PH_SLOT_FRAME - 2048
@@ -73,6 +73,12 @@ class Arena:
         size = len(program.assemble()[1])
         base = self.pointer + slot * lib.PH_SLOT_SIZE + head.buffer
         return Results(tuple(head.regs), bytes(ffi.buffer(base, size)))
+
+    def words(self, slot: int, room: Buf) -> Any:
+        """A stretch of the buffer of a program that was loaded, 64 bits each, as it is while the program runs."""
+        return ffi.cast(
+            "volatile uint64_t *", self.pointer + slot * lib.PH_SLOT_SIZE + self._head(slot).buffer + room.offset
+        )
 
     def run(self, tracer: Any, programs: Mapping[Seat, Program], timeout_ms: int = 10_000) -> dict[Seat, Results]:
         """Run programs, all at once, one in each seat."""

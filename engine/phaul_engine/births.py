@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from . import catching, plan
+from . import aiming, catching, plan
 from .arena import OwnArena, Seat
 from .clocks import Clocks
 from .errors import EngineError, GoneError, RebuildError
@@ -43,6 +43,8 @@ _SOCKET_AT_BIRTH = 5
 _ALL_SIGNALS = b"\xff" * 8
 _NEWUSER, _NEWTIME = 0x10000000, 0x80
 _EXEC_PATIENCE = 5.0  # seconds
+_TRIES = 20  # to have a task born with the number that it is to have
+_FREE_PATIENCE = 0.5  # seconds that somebody else may have that number meanwhile
 
 
 @dataclass
@@ -363,20 +365,77 @@ class Births:
         view = self._restoration.tasks[node.pid]
         self.namespaces.enter(view, parent.node.pid, table, lambda program: self.run(task, program))
 
+    def descend(self, task: Task) -> None:
+        """Have a task go into a user namespace below the tree's, if it is to be there: before it has threads."""
+        view = self._restoration.tasks[task.node.pid]
+        self.namespaces.descend(view, task.table, lambda program: self.run(task, program))
+
     def _clone(self, parent: Task, inner_pid: int, *, flags: int, exit_signal: int) -> Seat:
+        thread = bool(flags & _CLONE_THREAD)
+        if self.namespaces.chooses(parent.node.pid):
+            return self._bear(parent, inner_pid, flags=flags, exit_signal=exit_signal)[0]
+        for _ in range(_TRIES):
+            aim = self._aim_at(inner_pid, parent)
+            seat, inner = self._bear(parent, inner_pid, flags=flags, exit_signal=exit_signal, aim=aim)
+            if inner == inner_pid:
+                return seat
+            self._undo_birth(parent, seat, inner, thread=thread)
+            aiming.wait_until_free(inner_pid, _FREE_PATIENCE)
+        raise RebuildError(
+            f"number {inner_pid} could not be had for a task: another process here has it, or took it each time",
+            advice="try again, or give the program a pid namespace",
+        )
+
+    def _aim_at(self, inner_pid: int, parent: Task) -> aiming.Aim | None:
+        """Have the next task that `parent` bears get a number, if it is free. In a pid namespace of the tree's own its
+        first process says so: nobody else takes any there."""
+        if self.init is None and not self.namespaces.numbered:
+            return aiming.Aim(self._arena, parent.seats[parent.node.pid].slot, inner_pid)
+        root = self.tasks[self._restoration.checkpoint.records("pstree")[0].message.pid]
+        fd = aiming.open_last()
+        try:
+            (theirs,) = root.table.receive(lambda program: self.run(root, program), [fd])
+        finally:
+            os.close(fd)
+        program, text = Program(), aiming.before(inner_pid)
+        program.order(NR.pwrite64, theirs, program.data(text), len(text), 0, label="say which number comes next")
+        root.table.close(program, [theirs])
+        self.run(root, program)
+        return None
+
+    def _bear(
+        self, parent: Task, inner_pid: int, *, flags: int, exit_signal: int, aim: aiming.Aim | None = None
+    ) -> tuple[Seat, int]:
+        """A child or thread of a task, and its number in its own namespace: `inner_pid` if the parent may choose."""
+        chosen = self.namespaces.chooses(parent.node.pid)
         slot = self._slot()
         self._arena.prepare(slot, self._address)
         program = Program()
         wanted = program.data(struct.pack("<i", inner_pid))
         # struct clone_args (clone(2)): flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls,
         # set_tid, set_tid_size, cgroup
-        args = program.data(struct.pack("<11Q", flags, 0, 0, 0, exit_signal, 0, 0, 0, 0, 1, 0))
-        program.store(args.at(64), wanted)
+        args = program.data(struct.pack("<11Q", flags, 0, 0, 0, exit_signal, 0, 0, 0, 0, int(chosen), 0))
+        if chosen:
+            program.store(args.at(64), wanted)
+        if aim is not None:
+            aim.stand(program)
         born = program.fork(args, slot, label=f"start task {inner_pid}")
-        number = self.run(parent, program).value(born)
+        seat = parent.seats[parent.node.pid]
+        self._arena.order(self._tracer.handle, {seat: program}, meanwhile=aim.shoot if aim else None)
+        inner = number = self._arena.results(seat.slot, program).value(born)
         if self.init is not None or self.namespaces.numbered:  # it was told the number of its own namespace
             number = pid_namespace.number_here(parent.pid, number, thread=bool(flags & _CLONE_THREAD))
-        return Seat(slot, number)
+        return Seat(slot, number), inner
+
+    def _undo_birth(self, parent: Task, seat: Seat, inner: int, *, thread: bool) -> None:
+        """End a task that got another number than it was to have."""
+        program = Program()
+        program.order(NR.exit, 0)
+        with contextlib.suppress(GoneError):
+            self._arena.run(self._tracer.handle, {seat: program})
+        self._free.append(seat.slot)
+        if not thread:
+            self._reap(inner, parent)
 
     def _die(self, task: Task, parent: Task | None) -> None:
         """End a task as its image says; its number stays taken until the parent reaps it."""
@@ -400,9 +459,13 @@ class Births:
 
     def _mourn(self, task: Task, parent: Task, *, reap: bool) -> None:
         """Nothing is pending of a death of ours: the parent was told of any, or not, long ago at the source."""
+        self._reap(task.node.pid if reap else 0, parent)
+
+    def _reap(self, pid: int, parent: Task) -> None:
+        """Have a parent take notice of a death, and reap `pid`, if that is not 0."""
         program = Program()
-        if reap:
-            program.order(NR.wait4, task.node.pid, 0, _WALL, 0, label=f"reap task {task.node.pid}")
+        if pid:
+            program.order(NR.wait4, pid, 0, _WALL, 0, label=f"reap task {pid}")
         mask, now = program.data(struct.pack("<Q", 1 << _SIGCHLD - 1)), program.space(16)
         program.order(NR.rt_sigtimedwait, mask, 0, now, 8, keep_errors=True)
         self.run(parent, program)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from .images.checkpoint import Checkpoint
 from .images.pb import creds_pb2, fdinfo_pb2
-from .user_ids import UserIds
+from .proc.id_map import OVERFLOW, IdMap
+from .user_ids import ALL, UserIds, below
 
 _DEAD = 2  # of task_state in an image
 _ROOT = creds_pb2.creds_entry(uid=0, gid=0, euid=0, egid=0, suid=0, sgid=0, fsuid=0, fsgid=0, secbits=0)
@@ -38,37 +39,65 @@ class Footprint:
 
 def footprint(checkpoint: Checkpoint) -> Footprint:
     """Of a survey's images, or of the final ones."""
-    numbering = UserIds(checkpoint)
-    spaces = [record.message for ident in checkpoint.idents("userns") for record in checkpoint.records("userns", ident)]
+    spaces = _Spaces(checkpoint)
+    tree = spaces.tree
     uids: set[int] = set()
     privileged = ""
     for pid, creds in _credentials(checkpoint):
+        numbering = spaces.of(pid)
         has = {numbering.uid_here(uid) for uid in (creds.uid, creds.euid, creds.suid, creds.fsuid)}
+        if numbering is not tree:
+            has.discard(OVERFLOW)  # whoever has no number inside
+        has |= {tree.uid_here(uid) for uid in creds.phaul_outer_uids}
         uids |= has
         if not privileged and 0 in has:
             privileged = f"process {pid} runs as root"
-        if not privileged and not spaces and any((*creds.cap_prm, *creds.cap_inh, *creds.cap_amb)):
+        if not privileged and numbering.maps == (ALL, ALL) and any((*creds.cap_prm, *creds.cap_inh, *creds.cap_amb)):
             privileged = f"process {pid} has capabilities"
-    for extent in (extent for space in spaces for extent in space.uid_map):
-        uids |= {extent.lower_first, extent.lower_first + extent.count - 1}  # root in there can become all of them
-        if not extent.lower_first:
-            privileged = privileged or "root of its user namespace is root here"
+    for users, _ in spaces.maps():
+        for _, lower, count in users:
+            uids |= {lower, lower + count - 1}  # root in there can become all of them
+            if not lower:
+                privileged = privileged or "root of its user namespace is root here"
     tasks = sum(max(1, len(record.message.threads)) for record in checkpoint.records("pstree"))
     return Footprint(tasks, tuple(sorted(uids)), privileged, tuple(sorted(set(_writes(checkpoint)))))
 
 
 def accounts(checkpoint: Checkpoint) -> tuple[Account, ...]:
     """All accounts that threads of the tree act as, as this host numbers them, the first process's first."""
-    numbering = UserIds(checkpoint)
-    found = [
-        Account(
-            numbering.uid_here(creds.fsuid),
-            numbering.gid_here(creds.fsgid),
-            tuple(numbering.gid_here(group) for group in creds.groups),
-        )
-        for _, creds in _credentials(checkpoint)
-    ]
+    spaces = _Spaces(checkpoint)
+    found = [_account(creds, spaces.of(pid), spaces.tree) for pid, creds in _credentials(checkpoint)]
     return tuple(dict.fromkeys(found))
+
+
+def _account(creds: creds_pb2.creds_entry, numbering: UserIds, tree: UserIds) -> Account:
+    """Whom files are opened as. What a thread in a user namespace below the tree's is outside of it is told too."""
+    if creds.phaul_outer_uids and creds.phaul_outer_gids:
+        groups = tuple(map(tree.gid_here, creds.phaul_outer_groups))
+        return Account(tree.uid_here(creds.phaul_outer_uids[-1]), tree.gid_here(creds.phaul_outer_gids[-1]), groups)
+    groups = tuple(map(numbering.gid_here, creds.groups))
+    return Account(numbering.uid_here(creds.fsuid), numbering.gid_here(creds.fsgid), groups)
+
+
+class _Spaces:
+    """How the user namespace of each process numbers users and groups."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.tree = UserIds(checkpoint)
+        self._checkpoint = checkpoint
+        numbers = [ident for ident in checkpoint.idents("userns") if isinstance(ident, int)]
+        self._all = {number: UserIds(checkpoint, number) for number in numbers}
+        self._below = {number: self._all[number] for number in below(checkpoint)}
+
+    def of(self, pid: int) -> UserIds:
+        """Of one process."""
+        if not self._below or not self._checkpoint.has("ids", pid):
+            return self.tree
+        return self._below.get(self._checkpoint.one("ids", pid).user_ns_id, self.tree)
+
+    def maps(self) -> Iterator[tuple[IdMap, IdMap]]:
+        """Of all user namespaces in the images."""
+        return (one.maps for one in self._all.values())
 
 
 def _credentials(checkpoint: Checkpoint) -> Iterator[tuple[int, creds_pb2.creds_entry]]:

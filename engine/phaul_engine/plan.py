@@ -28,7 +28,7 @@ class Node:
     """A process to be made. `exit_code` is its wait status if it is dead, else None.
 
     `tables` are the numbers of its tables of descriptors, directories and signal handlers, `memory` that of its address
-    space: it is another after execve(2).
+    space: it is another after execve(2). `namespaces` are the numbers of those that it is in, by field of the image.
     """
 
     pid: int
@@ -42,6 +42,7 @@ class Node:
     adopts: bool = False  # what a placeholder below leaves
     tables: tuple[int, int, int] = (0, 0, 0)
     memory: int = 0
+    namespaces: tuple[tuple[str, int], ...] = ()
 
 
 class Birth(NamedTuple):
@@ -93,6 +94,7 @@ def read_tree(checkpoint: Checkpoint) -> Node:
         if not dead and checkpoint.has("ids", entry.pid):
             ids = checkpoint.one("ids", entry.pid)
             node.tables, node.memory = (ids.files_id, ids.fs_id, ids.sighand_id), ids.vm_id
+            node.namespaces = tuple((one.name, value) for one, value in ids.ListFields() if one.name.endswith("_ns_id"))
         if node.pid in nodes or (not dead and node.pid not in node.threads):
             raise ImageError(f"pstree.img has process {node.pid} twice, or without its leader")
         nodes[node.pid] = node
@@ -186,11 +188,8 @@ def changes(old: Node, new: Node, *, foreign_session: bool = False) -> Changes:
 
 def _same(before: Node, after: Node) -> bool:
     """Whether a task can stay, and become what is new about it."""
-    return (before.ppid, before.sid, before.exit_code, before.tables) == (
-        after.ppid,
-        after.sid,
-        after.exit_code,
-        after.tables,
+    return all(
+        getattr(before, name) == getattr(after, name) for name in ("ppid", "sid", "exit_code", "tables", "namespaces")
     )
 
 

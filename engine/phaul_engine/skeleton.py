@@ -68,6 +68,7 @@ class Skeleton:
         self.tracer = tracer
         self.restoration = Restoration(checkpoint, options=options or {})
         self._prepared: dict[int, tuple[bytes, Program]] = {}  # by inner tid: see _assemble
+        self._placed: set[int] = set()  # who has its directories before all else
         self._root = plan.read_tree(checkpoint)
         self._foreign = bool(self.restoration.options.get("shell_job"))
         self._detached = False
@@ -133,13 +134,24 @@ class Skeleton:
         for task in new:
             self._spaces.make(task)
         for task in grown:
+            self._descend(task)
             self._births.add_threads(task)
         self._furnish(new)
+
+    def _descend(self, task: Task) -> None:
+        """Have a task go into a user namespace below the tree's. What leads to its directories may be closed to it."""
+        if self._births.namespaces.descends(task.node.pid):
+            self._equipment.place(task)
+            self._placed.add(task.node.pid)
+            self._births.descend(task)
 
     def _furnish(self, new: list[Task]) -> None:
         for task in new:
             self._equipment.install(task)
-            self._equipment.place(task)
+            if task.node.pid in self._placed:
+                self._placed.discard(task.node.pid)
+            else:
+                self._equipment.place(task)
         self._equipment.attach()
         self._births.run_all(self._programs(Phase.EARLY, new))
 

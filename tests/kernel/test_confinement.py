@@ -27,6 +27,7 @@ from phaul_engine.objects import carried_file, confinement, ghost_file, unix_nam
 from phaul_engine.objects.base import Restoration
 from phaul_engine.objects.confinement import Confinement
 from phaul_engine.objects.regular_file import open_at_root, open_named
+from phaul_engine.user_ids import ALL, UserIds
 
 UID, GID = 4242, 4343
 
@@ -235,3 +236,42 @@ def test_the_footprint() -> None:
     bare = images()
     bare.records("core", 100)[0].message.thread_core.ClearField("creds")
     assert footprint(bare).privileged == "process 100 runs as root"
+
+
+def below(outer: int, *, lower: int, parent: int = 6) -> Checkpoint:
+    """A process that is root in a user namespace below the one that the engine is in, and user `outer` out of it."""
+    checkpoint = images(uid=0, gid=0, capabilities=1 << 21)
+    creds = checkpoint.one("core", 100).thread_core.creds
+    creds.phaul_outer_uids.extend([outer] * 4)
+    creds.phaul_outer_gids.extend([outer] * 4)
+    creds.phaul_outer_groups.append(7)
+    space = userns_pb2.userns_entry(phaul_parent=parent, phaul_owner=outer)
+    for extents in (space.uid_map, space.gid_map):
+        extents.add(first=0, lower_first=lower, count=10)
+    checkpoint.put("userns", 9, space)
+    checkpoint.put("ids", 100, core_pb2.task_kobj_ids_entry(vm_id=1, files_id=1, fs_id=1, sighand_id=1, user_ns_id=9))
+    return checkpoint
+
+
+def test_the_footprint_of_a_process_in_a_user_namespace_below() -> None:
+    found = footprint(below(UID, lower=UID))
+    assert (found.uids, found.privileged) == ((UID, UID + 9), "")
+    assert accounts(below(UID, lower=UID)) == (Account(UID, UID, (7,)),)
+    assert footprint(below(UID, lower=0)).privileged == "process 100 runs as root"
+    assert footprint(below(0, lower=UID)).privileged == "process 100 runs as root"
+    elsewhere = below(UID, lower=UID)
+    elsewhere.one("ids", 100).user_ns_id = 6
+    assert footprint(elsewhere).privileged == "process 100 runs as root", "who is not in it is what it says"
+    with pytest.raises(ImageError, match="below itself"):
+        footprint(below(UID, lower=UID, parent=9))
+
+
+def test_maps_of_several_levels() -> None:
+    checkpoint = below(UID, lower=100_000)
+    deeper = userns_pb2.userns_entry(phaul_parent=9)
+    deeper.uid_map.add(first=0, lower_first=4, count=20)
+    deeper.uid_map.add(first=50, lower_first=1, count=2)
+    checkpoint.put("userns", 10, deeper)
+    users, groups = UserIds(checkpoint, 10).maps
+    assert (users, groups) == (((0, 100_004, 6), (50, 100_001, 2)), ())
+    assert UserIds(checkpoint).maps == (ALL, ALL), "the tree's own is that of the engine"

@@ -131,7 +131,7 @@ def test_its_root_and_its_configuration_are_sent_along(hosts: Hosts, bridges: No
 
 @pytest.fixture(params=["privileged", "unprivileged"])
 def system(hosts: Hosts, bridges: None, request: pytest.FixtureRequest) -> Iterator[Container]:
-    """A Debian with systemd, sshd, cron and nginx, with LXC's usual consoles."""
+    """A Debian with systemd, sshd, cron, nginx and redis, with LXC's usual consoles."""
     if debian.missing():
         pytest.skip(debian.missing())
     unprivileged = request.param == "unprivileged"
@@ -160,17 +160,34 @@ def _banner(host: Host, port: int, words: bytes = b"") -> bytes:
     return host.run(["python3", "-c", code, ADDRESS, str(port), words.decode()]).stdout.encode()
 
 
+def _redis(system: Container, host: Host) -> dict[str, str]:
+    """What redis-server.service is."""
+    pid = system.inside(host, "systemctl", "show", "--property=MainPID", "--value", "redis-server")
+    commands: dict[str, tuple[str, ...]] = {
+        name: ("cat", f"/proc/{pid}/{name}") for name in ("uid_map", "gid_map", "setgroups")
+    }
+    commands["status"] = ("grep", "-E", "^(Name|Uid|Gid|Groups|NSpid|Threads|Cap|NoNew|Seccomp)", f"/proc/{pid}/status")
+    commands["threads"] = ("ls", f"/proc/{pid}/task")
+    commands["directory"] = ("readlink", f"/proc/{pid}/cwd")
+    return {name: system.inside(host, *words) for name, words in commands.items()}
+
+
 def test_a_debian_with_systemd_moves(hosts: Hosts, system: Container) -> None:
-    units = ("cron", "ssh", "nginx")
+    units = ("cron", "ssh", "nginx", "redis-server")
     before = system.inside(hosts.a, "cat", "/proc/1/cgroup", "/etc/machine-id")
+    assert system.inside(hosts.a, "redis-cli", "set", "key", "value") == "OK"
+    service = _redis(system, hosts.a)
+    assert service["uid_map"].split()[:3] == ["0", "0", "1"], "systemd gives it a user namespace of its own"
     assert system.move(hosts.a).outcome == "migrated"
     assert (system.state(hosts.a), system.state(hosts.b)) == ("STOPPED", "RUNNING")
-    assert system.inside(hosts.b, "systemctl", "is-active", *units).split() == ["active"] * 3
+    assert system.inside(hosts.b, "systemctl", "is-active", *units).split() == ["active"] * len(units)
     assert system.inside(hosts.b, "cat", "/proc/1/cgroup", "/etc/machine-id") == before
+    assert system.inside(hosts.b, "redis-cli", "get", "key") == "value"
+    assert _redis(system, hosts.b) == service
     assert b"SSH-2.0" in _banner(hosts.client, 22)
     assert b"HTTP/1.1 200" in _banner(hosts.client, 80, b"GET / HTTP/1.0\r\n\r\n")
     system.inside(hosts.b, "systemctl", "restart", *units)
-    assert system.inside(hosts.b, "systemctl", "is-active", *units).split() == ["active"] * 3
+    assert system.inside(hosts.b, "systemctl", "is-active", *units).split() == ["active"] * len(units)
     assert "success" in system.inside(hosts.b, "sh", "-c", "systemd-run --wait true 2>&1")
     typing = f"(sleep 1; echo; sleep 3) | timeout 8 script -qc 'lxc-console -n {system.name} -t 0' /dev/null"
     assert "login:" in hosts.b.run(["sh", "-c", typing], check=False).stdout

@@ -30,7 +30,7 @@ def stat(pid):
         state, *numbers = file.read().rpartition(")")[2].split()[:4]
     return state, *map(int, numbers)
 """
-FORKER = """
+_FORK = """
 def fork(count, depth):
     pid = os.fork()
     if pid == 0:
@@ -41,12 +41,44 @@ def fork(count, depth):
     if (waited, status) != (pid, count % 100 << 8):
         tell(count, f"wrong: {waited} for {pid}, status {status}")
         os._exit(1)
+"""
+FORKER = (
+    _FORK
+    + """
 count = 0
 while True:
     count += 1
     fork(count, 2)
     tell(count)
 """
+)
+SANDBOX = (
+    _FORK
+    + """
+def sandbox():
+    assert libc.unshare(0x10000000) == 0  # CLONE_NEWUSER
+    for name, text in (("setgroups", "deny"), ("gid_map", "0 0 1"), ("uid_map", "0 0 1")):
+        open("/proc/self/" + name, "w").write(text)
+    threading.Thread(target=signal.pause, daemon=True).start()
+    before, count = look(), 0
+    while True:
+        count += 1
+        fork(count, 1)
+        thread = threading.Thread(target=time.sleep, args=(0.01,))
+        thread.start()
+        thread.join()
+        now = look()
+        tell(count, "ok" if now == before else f"wrong: {now} after {before}")
+def look():
+    names = ("uid_map", "gid_map", "setgroups")
+    capabilities = [line for line in open("/proc/self/status") if line.startswith("Cap")]
+    return [open("/proc/self/" + name).read() for name in names], capabilities, os.getresuid(), os.getresgid()
+if os.fork() == 0:
+    sandbox()
+while True:
+    signal.pause()
+"""
+)
 EXECUTER = """
 count = int(sys.argv[1]) + 1
 assert os.environ["STEPS"] == str(count - 1)
@@ -186,6 +218,7 @@ def _signal(host: Host, pid: int, number: int) -> None:
         pytest.param(FORKER, (), id="forks-constantly"),
         pytest.param(EXECUTER, ("0",), id="executes-itself"),
         pytest.param(THREADS, (), id="200-threads"),
+        pytest.param(SANDBOX, (), id="forks-in-a-user-namespace"),
     ],
 )
 def test_a_restless_tree(mover: Mover, text: str, options: tuple[str, ...]) -> None:

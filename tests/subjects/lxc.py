@@ -142,14 +142,16 @@ def forbid_ids(host: Host) -> None:
     host.path(_IDS).unlink()
 
 
-def make_debian_root(root: Path, *, unprivileged: bool, packages: Sequence[str] = debian.PACKAGES) -> None:
+def make_debian_root(root: Path, *, unprivileged: bool) -> None:
     """A Debian with systemd. A privileged one has no services that systemd gives BPF programs to."""
     root.parent.mkdir(parents=True)
-    debian.copy(root, FIRST_ID if unprivileged else 0, packages)
-    for unit in () if unprivileged else ("systemd-journald", "systemd-logind"):
+    debian.copy(root, FIRST_ID if unprivileged else 0)
+    for unit in () if unprivileged else ("systemd-journald", "systemd-logind", "redis-server"):
         place = root / "etc" / "systemd" / "system" / f"{unit}.service.d"
         place.mkdir()
-        (place / "plain.conf").write_text("[Service]\nIPAddressDeny=\nDeviceAllow=\nDevicePolicy=auto\n")
+        (place / "plain.conf").write_text(
+            "[Service]\nIPAddressDeny=\nDeviceAllow=\nDevicePolicy=auto\nPrivateDevices=no\n"
+        )
 
 
 def make_small_root(root: Path) -> None:

@@ -172,6 +172,7 @@ class _Check:
             self.process(process)
         for (kind, number), entry in self.entries.items():
             self.entry(kind, number, entry)
+        self.user_namespaces()
         self.queues()
         self.remaps()
         self.memfds()
@@ -309,6 +310,33 @@ class _Check:
             number = getattr(ids, field)
             if ids.HasField(field) and number != getattr(outside, field) and not self.checkpoint.has(kind, number):
                 self.wrong(kind, number, f"is missing; process {pid} is in that namespace")
+
+    def user_namespaces(self) -> None:
+        """One is the tree's own, at most, and above all others; and what threads below are outside of them is told."""
+        found = {ident: self.checkpoint.records("userns", ident) for ident in self.checkpoint.idents("userns")}
+        entries = {ident: records[0].message for ident, records in found.items() if records}
+        above = {ident: entry.phaul_parent for ident, entry in entries.items() if entry.HasField("phaul_parent")}
+        for ident in entries.keys() - above.keys():
+            if len(entries) - len(above) > 1:
+                self.wrong("userns", ident, "is a second one that is below no other")
+        for ident in above:
+            passed, one = {ident}, above[ident]
+            while one in above and one not in passed:
+                passed.add(one)
+                one = above[one]
+            if one in passed:
+                self.wrong("userns", ident, "is below itself")
+        for record in self.checkpoint.records("pstree") if above else ():
+            pid = record.message.pid
+            if self.checkpoint.has("ids", pid) and self.checkpoint.one("ids", pid).user_ns_id in above:
+                for tid in record.message.threads:
+                    self.outer_ids(tid)
+
+    def outer_ids(self, tid: int) -> None:
+        """What a thread is outside of its user namespace."""
+        creds = self.checkpoint.one("core", tid).thread_core.creds if self.checkpoint.has("core", tid) else None
+        if creds is None or (len(creds.phaul_outer_uids), len(creds.phaul_outer_gids)) != (4, 4):
+            self.wrong("core", tid, "does not tell users and groups of a thread in a user namespace below the tree's")
 
     def memory(self, pid: int, mm: Any) -> None:
         """The areas of a process are in order, what they map exists, and all pages lie within them."""

@@ -28,7 +28,12 @@ from phaul_engine.objects.base import Collection, Owner, Restoration, SkeletonTa
 class NamespaceView:
     """A namespace at the source. `number` is what it is called in images, `owner` the process in it that is nearest to
     the root of the tree, `members` all processes that are in it, `of_root` whether the root is. In a `survey` the tree
-    runs on afterwards: nothing may be changed in it, and large contents may be left out."""
+    runs on afterwards: nothing may be changed in it, and large contents may be left out.
+
+    `lord` is a process in the user namespace that it belongs to, or, of a user namespace, in its parent; `above` is the
+    number of that if it is below the root's, else 0. Of a user namespace below the root's, `maker` is who made it, as
+    the engine numbers users, `parent` the number of its parent, and `owns` are the numbers of others that belong to
+    it."""
 
     name: str
     number: int
@@ -36,6 +41,11 @@ class NamespaceView:
     members: tuple[Owner, ...]
     of_root: bool
     survey: bool
+    lord: Owner
+    above: int = 0
+    maker: int = 0
+    parent: int = 0
+    owns: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"the {self.name} namespace of {self.owner}"
@@ -45,13 +55,15 @@ class NamespaceView:
 class NewNamespace:
     """A namespace at the destination, new and empty. `task` is a skeleton task that is in it: interpreting, so that
     `Restoration.inside` runs programs in it. `descriptors` are the namespaces that this task is in, by kind: what
-    setns(2) takes; they are open as long as the skeleton."""
+    setns(2) takes; they are open as long as the skeleton. `owner` is the number of the user namespace that it belongs
+    to, if that is below the tree's, whose task is not in that yet: `descriptors` has it."""
 
     name: str
     number: int
     task: SkeletonTask
     of_root: bool
     descriptors: dict[str, int] = field(default_factory=dict)
+    owner: int = 0
 
     @property
     def descriptor(self) -> int:

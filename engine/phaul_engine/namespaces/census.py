@@ -14,9 +14,10 @@ from phaul_engine.objects.base import Collection
 from phaul_engine.proc.access import open_process
 from phaul_engine.proc.namespaces import identities
 
-from . import catalogue
+from . import catalogue, lineage
 from . import pid as pid_namespace
 from .base import NamespaceView, kind_named
+from .lineage import Standing
 
 if TYPE_CHECKING:
     from phaul_engine.members import Member
@@ -61,16 +62,41 @@ class Census:
                     found.setdefault((name, number), []).append(member)
         for member in living:
             _judge_children(member, collection)
+        standings = self._standings(living[0], found, collection)
         for (name, number), inside in sorted(found.items(), key=lambda item: _rank(item[0][0])):
+            standing = standings.get((name, number), Standing())
+            lords = found.get(("user", standing.above), living)  # of what is outside the root is as good as any
+            owned = [one for (kind, one), other in standings.items() if kind != "user" and other.above == number]
             owners = tuple(member.owner for member in inside)
             of_root = inside[0] is living[0]
-            view = NamespaceView(name, number, owners[0], owners, of_root, collection.survey)
-            kind = kind_named(name)
-            if kind is None:
-                why, advice = f"{name} namespaces are not carried yet", "run phaul inside the container"
-                collection.block(view.owner, f"in a {name} namespace of its own", why, advice)
-            else:
-                kind.collect(view, collection)
+            view = NamespaceView(
+                *(name, number, owners[0], owners, of_root, collection.survey, lords[0].owner),
+                above=0 if lords[0] is living[0] else standing.above,
+                maker=standing.maker,
+                parent=standing.above,
+                owns=tuple(owned) if name == "user" else (),
+            )
+            _collect(view, collection)
+
+    def _standings(
+        self, root: Member, found: Mapping[tuple[str, int], list[Member]], collection: Collection
+    ) -> dict[tuple[str, int], Standing]:
+        """How the tree's namespaces stand to its user namespaces, where it has such below the root's; else nothing."""
+        home = self._members[root.pid]["user"]
+        if all(name != "user" or number == home for name, number in found):
+            return {}
+        users = {(dev, inode): number for (name, dev, inode), number in self._numbers.items() if name == "user"}
+        made = {
+            (name, number): lineage.standing(name, inside[0].process.proc, users)
+            for (name, number), inside in found.items()
+            if (name, number) != ("user", home)
+        }
+        for (name, number), standing in made.items():
+            if name == "user" and standing.above != home and ("user", standing.above) not in made:
+                why = "no process of the tree is in the one above it, which would not move"
+                advice = "let the program end that process, or start it without"
+                collection.block(found[name, number][0].owner, "in a user namespace of its own", why, advice)
+        return made
 
     def _look(self, proc: int) -> dict[str, int]:
         return HOST | {name: self._number(name, *identity) for name, identity in identities(proc, NAMES).items()}
@@ -96,6 +122,19 @@ class Census:
                         self._numbers[(name, *identity)] = HOST[name]
                 finally:
                     os.close(proc)
+
+
+def _collect(view: NamespaceView, collection: Collection) -> None:
+    """Have one namespace collected, if that can be."""
+    kind, what = kind_named(view.name), f"in a {view.name} namespace of its own"
+    if kind is None:
+        why, advice = f"{view.name} namespaces are not carried yet", "run phaul inside the container"
+        collection.block(view.owner, what, why, advice)
+    elif view.above and not kind.at_birth:
+        why = f"it belongs to the user namespace of {view.lord}, which is below the tree's own"
+        collection.block(view.owner, what, why, "let the program do without")
+    else:
+        kind.collect(view, collection)
 
 
 def _judge_children(member: Member, collection: Collection) -> None:

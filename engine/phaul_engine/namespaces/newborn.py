@@ -13,15 +13,18 @@ from collections.abc import Iterable, Mapping
 
 from phaul_engine import catching
 from phaul_engine.errors import ImageError, RebuildError
-from phaul_engine.objects import places
+from phaul_engine.objects import credentials, places
 from phaul_engine.objects.base import Restoration, SkeletonTask
 from phaul_engine.proc.id_map import read_id_map
+from phaul_engine.proc.status import read_status
 from phaul_engine.program import Program
 from phaul_engine.syscalls import NR
 from phaul_engine.transfer import Runner, Table
+from phaul_engine.user_ids import UserIds
 
 from . import census, user
 from .base import NamespaceKind, NewNamespace, kind_named, kinds
+from .below import Below
 from .net import clearing
 from .net.device import Outer
 
@@ -37,9 +40,12 @@ class Namespaces:
         self._descriptors: list[int] = []
         self._host = census.read(restoration.checkpoint.one("inventory").root_ids)
         self._places = restoration.namespaces
+        self._users: dict[int, int] = {}  # of tasks below the tree's user namespace: which one each is in
+        self._below = Below(lambda: restoration.checkpoint, self._user_of_tree)
 
     def close(self) -> None:
         """Close what is ours."""
+        self._below.close()
         while self._descriptors:
             os.close(self._descriptors.pop())
 
@@ -49,13 +55,21 @@ class Namespaces:
         return any(name == "pid" for name, _ in self._places)
 
     def of_task(self, pid: int) -> dict[str, int]:
-        """The namespaces of the tree's own that a task is to be in: numbers by kind. Clocks are seen to elsewhere."""
+        """The namespaces of the tree's own that a task is born into: numbers by kind. Clocks are seen to elsewhere,
+        and a task goes into a user namespace below the tree's when it stands (`descend`)."""
         numbers = census.read(self._restoration.checkpoint.one("ids", pid))
-        return {
+        found = {
             name: number
             for name, number in numbers.items()
             if name != "time" and number != self._host.get(name, number)
         }
+        if self._below.contains(found.get("user", 0)):
+            root = self._restoration.checkpoint.records("pstree")[0].message.pid
+            if pid == root:
+                raise ImageError("the first process of the images is in a user namespace below its own")
+            del found["user"]
+            found |= {name: number for name, number in self.of_task(root).items() if name == "user"}
+        return found
 
     def flags(self, pid: int) -> int:
         """CLONE_NEW* for the birth of the root."""
@@ -67,7 +81,7 @@ class Namespaces:
 
     def settle_root(self, task: SkeletonTask) -> None:
         """The root was born, into new namespaces: make what belongs into them."""
-        self._make(task, self.of_task(task.inner_pid))
+        self._make(task, self.of_task(task.inner_pid), root=True)
 
     def settle_caught(self, task: SkeletonTask, run: Runner) -> None:
         """The root was caught, in namespaces that were made for it: make what is missing, and what belongs into all."""
@@ -91,7 +105,7 @@ class Namespaces:
                 run(program)
             if "net" in wanted and "net" not in missing:
                 self._take_outer_ends(clearing.clear(there["net"], self._restoration.options.get(catching.PLUGS, {})))
-        self._make(task, wanted)
+        self._make(task, wanted, root=True)
 
     def lodge(self, task: SkeletonTask) -> None:
         """The root has gone into a mount namespace that was there (`lodging`): names lead to what is in that."""
@@ -103,9 +117,48 @@ class Namespaces:
         """A task was born that is wherever its parent is."""
         self._where[pid] = self._where.get(parent, {})
 
+    def descends(self, pid: int) -> bool:
+        """Whether a task is still to go into a user namespace below the tree's."""
+        wanted = self._user_of(pid)
+        if self._users.get(pid, 0) and not wanted:
+            raise ImageError(f"process {pid} is above the user namespace of its parent, which it was born in")
+        return wanted != self._users.get(pid, 0)
+
+    def descend(self, task: SkeletonTask, table: Table, run: Runner) -> None:
+        """Have a task that `descends`, and has everything but threads, do it."""
+        checkpoint = self._restoration.checkpoint
+        now, wanted = self._users.get(task.inner_pid, 0), self._user_of(task.inner_pid)
+        (theirs,) = table.receive(run, [self._below.descriptor(wanted)])
+        ids = self._restoration.ids
+        here = UserIds(checkpoint, now) if now else ids
+        program = Program()
+        creds = checkpoint.one("core", task.inner_pid).thread_core.creds
+        credentials.descend(creds, read_status(task.proc), here, ids, program)
+        program.order(NR.setns, theirs, _kind("user").flag, label="join a user namespace")
+        credentials.keep_capabilities(program)
+        table.close(program, [theirs])
+        run(program)
+        self._users[task.inner_pid] = wanted
+
+    def _user_of(self, pid: int) -> int:
+        """The number of the user namespace below the tree's that a task is to be in, 0 if it is in the tree's."""
+        number = self._restoration.checkpoint.one("ids", pid).user_ns_id
+        return number if self._below.contains(number) else 0
+
+    def chooses(self, pid: int) -> bool:
+        """Whether a task may say which numbers its threads and children get: not in a user namespace below the one that
+        the numbers belong to."""
+        return not self._users.get(pid)
+
+    def _user_of_tree(self) -> int | None:
+        root = self._restoration.checkpoint.records("pstree")[0].message.pid
+        place = self._places.get(("user", self.of_task(root).get("user", 0)))
+        return place.descriptor if place else None
+
     def enter(self, task: SkeletonTask, parent: int, table: Table, run: Runner) -> None:
         """A task was born, into the namespaces of its parent: have it go where it belongs."""
         before, wanted = self._where.get(parent, {}), self.of_task(task.inner_pid)
+        self._users[task.inner_pid] = self._users.get(parent, 0)
         changed = {name: wanted.get(name, 0) for name in before | wanted if before.get(name) != wanted.get(name)}
         self._where[task.inner_pid] = wanted
         if not changed:
@@ -117,11 +170,16 @@ class Namespaces:
         for name, number in changed.items():
             if name not in new:
                 self._join(name, number, table, run)
-        if flags := _flags(new):
+        owners = {name: self._below.owner(number) for name, number in new.items()}
+        for name in (name for name, owner in owners.items() if owner):
+            if not _kind(name).at_birth:
+                raise ImageError(f"a {name} namespace belongs to a user namespace below the tree's")
+            self._give(self._below.make(name, _kind(name).flag, owners[name]), name, table, run)
+        if flags := _flags(name for name in new if not owners[name]):
             program = Program()
             program.order(NR.unshare, flags, label="make namespaces")
             run(program)
-        self._make(task, new)
+        self._make(task, new, owners=owners)
         self._welcome(task, {name: number for name, number in wanted.items() if name not in new})
 
     def _welcome(self, task: SkeletonTask, numbers: Mapping[str, int]) -> None:
@@ -132,6 +190,7 @@ class Namespaces:
 
     def update(self) -> None:
         """Later images: what tasks need that follow them."""
+        self._below.follow()
         for kind in kinds():
             for place in self._of_kind(kind):
                 kind.update(place, self._restoration)
@@ -177,24 +236,31 @@ class Namespaces:
         place = self._places.get((name, number))
         fd = os.dup(place.descriptor) if place else os.open(f"/proc/self/ns/{name}", _DESCRIPTORS)
         try:
-            (theirs,) = table.receive(run, [fd])
+            self._give(fd, name, table, run)
         finally:
             os.close(fd)
+
+    def _give(self, fd: int, name: str, table: Table, run: Runner) -> None:
+        (theirs,) = table.receive(run, [fd])
         program = Program()
         program.order(NR.setns, theirs, _kind(name).flag, label=f"join a {name} namespace")
         table.close(program, [theirs])
         run(program)
 
-    def _make(self, task: SkeletonTask, new: Mapping[str, int]) -> None:
-        """`task` is where it belongs, and the first there in the namespaces `new`."""
+    def _make(
+        self, task: SkeletonTask, new: Mapping[str, int], *, root: bool = False, owners: Mapping[str, int] | None = None
+    ) -> None:
+        """`task` is where it belongs, and the first there in the namespaces `new`. `owners` are the user namespaces
+        below the tree's that they belong to, 0 for its own."""
         self._where[task.inner_pid] = self.of_task(task.inner_pid)
         self._refresh(task)
         if not new:
             return
         descriptors = {name: self._open(task, name) for name in census.NAMES}
-        root = not self._places
         for name, number in new.items():
-            self._places[name, number] = NewNamespace(name, number, task, root, descriptors)
+            owner = (owners or {}).get(name, 0)
+            made = descriptors | {"user": self._below.descriptor(owner)} if owner else descriptors
+            self._places[name, number] = NewNamespace(name, number, task, root, made, owner)
         for kind in kinds():
             if kind.name in new:
                 kind.rebuild(self._places[kind.name, new[kind.name]], self._restoration)

@@ -5,20 +5,23 @@ All are told and set by the thread itself: its numbers are those of its own user
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from phaul_engine.errors import RebuildError
+from phaul_engine.errors import GoneError, RebuildError
 from phaul_engine.images.pb import core_pb2, creds_pb2
 from phaul_engine.proc.access import open_thread
-from phaul_engine.proc.status import Capabilities, Status, read_status
+from phaul_engine.proc.status import Capabilities, Ids, Status, read_status
+from phaul_engine.proc.tree import threads
 from phaul_engine.program import Buf, Operand, Program, Results
 from phaul_engine.syscalls import NR
+from phaul_engine.user_ids import UserIds
 
-from .base import Collection, Phase, Restoration, Scope, SkeletonTask, TaskKind, ThreadView, task_kind
+from .base import Collection, Owner, Phase, Restoration, Scope, SkeletonTask, TaskKind, ThreadView, task_kind
 
 _PR_GET_SECUREBITS, _PR_SET_SECUREBITS = 27, 28
 _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
@@ -34,6 +37,7 @@ _CAPABILITY_HEADER = struct.pack("<Ii", 0x20080522, 0)  # version 3, the caller
 _CAPABILITY_WORDS = struct.Struct("<6I")  # effective, permitted, inheritable: low words, then high words
 _THREE = struct.Struct("<3I")
 _GROUPS = 256  # asked for; who is in more is looked up in /proc
+_OUTER = "outer credentials"
 _ANYONE = 0xFFFFFFFF  # setfsuid(2): change nothing, tell
 
 
@@ -89,6 +93,16 @@ class Credentials(TaskKind):
         if results.answer(asked.group_count) < 0:
             creds.groups.extend(_thread_status(thread).groups)
 
+    def finish(self, collection: Collection) -> None:
+        """What is noted of threads in user namespaces below the tree's."""
+        for tid, status in collection.scratch.get(_OUTER, {}).items():
+            if not collection.checkpoint.has("core", tid):  # it is about to end
+                continue
+            creds, ids = collection.checkpoint.one("core", tid).thread_core.creds, collection.ids
+            creds.phaul_outer_uids.extend(map(ids.uid_inside, _four(status.uids)))
+            creds.phaul_outer_gids.extend(map(ids.gid_inside, _four(status.gids)))
+            creds.phaul_outer_groups.extend(map(ids.gid_inside, status.groups))
+
     def rebuild(
         self, core: core_pb2.core_entry, task: SkeletonTask, program: Program, phase: Phase, restoration: Restoration
     ) -> None:
@@ -102,8 +116,11 @@ class Credentials(TaskKind):
             return
         creds = core.thread_core.creds
         _refuse_what_is_lacking(creds, present.capabilities, task)
-        program.order(NR.prctl, _PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0, label="setting securebits")
-        _set_ids(creds, present, program)
+        keep_capabilities(program)
+        if creds.phaul_outer_uids:
+            _correct_ids(creds, present, restoration.ids, program)
+        else:
+            _set_ids(creds, present, program)
         _set_capabilities(creds, present.capabilities, program)
         if creds.no_new_privs:
             program.order(NR.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, label="setting no_new_privs")
@@ -259,13 +276,67 @@ def _refuse_what_is_lacking(creds: creds_pb2.creds_entry, present: Capabilities,
 
 def _set_ids(creds: creds_pb2.creds_entry, present: Status, program: Program) -> None:
     if tuple(creds.groups) != present.groups:  # a user namespace may forbid setgroups
-        groups = program.data(struct.pack(f"<{len(creds.groups)}I", *creds.groups))
-        program.order(NR.setgroups, len(creds.groups), groups)
+        _order_groups(creds.groups, program)
     program.order(NR.setresgid, creds.gid, creds.egid, creds.sgid)
     program.order(NR.setfsgid, creds.fsgid)
     program.order(NR.setresuid, creds.uid, creds.euid, creds.suid)
     program.order(NR.setfsuid, _NOBODY if creds.fsuid != _NOBODY else 0)  # a change for certain: see Dumpable
     program.order(NR.setfsuid, creds.fsuid)
+
+
+def note_outer(owner: Owner, collection: Collection) -> None:
+    """Note what a process in a user namespace below the tree's is outside of that: its threads' users and groups."""
+    notes: dict[int, Status] = collection.scratch.setdefault(_OUTER, {})
+    for tid in threads(owner.proc):
+        with contextlib.suppress(GoneError):
+            directory = open_thread(owner.proc, tid)
+            try:
+                status = read_status(directory)
+            finally:
+                os.close(directory)
+            if not status.state.startswith("Z"):
+                notes[status.inner_pid] = status
+
+
+def descend(creds: creds_pb2.creds_entry, present: Status, here: UserIds, ids: UserIds, program: Program) -> None:
+    """Before a task goes into a user namespace below the tree's: take the users and groups that it is to have, while it
+    may take any. Its capabilities stay. `here` is how its user namespace numbers them, `ids` how the tree's does."""
+    keep_capabilities(program)
+    uids, gids = map(ids.uid_here, creds.phaul_outer_uids), map(ids.gid_here, creds.phaul_outer_gids)
+    groups = tuple(map(ids.gid_here, creds.phaul_outer_groups))
+    if groups != present.groups:
+        _order_groups([here.gid_inside(group) for group in groups], program)
+    _order_ids(NR.setresgid, NR.setfsgid, map(here.gid_inside, gids), program)
+    _order_ids(NR.setresuid, NR.setfsuid, map(here.uid_inside, uids), program)
+
+
+def _four(ids: Ids) -> tuple[int, ...]:
+    return ids.real, ids.effective, ids.saved, ids.fs
+
+
+def keep_capabilities(program: Program) -> None:
+    """Have a task keep its capabilities whatever user it becomes. In a user namespace that it enters it begins anew."""
+    program.order(NR.prctl, _PR_SET_SECUREBITS, _SECBIT_NO_SETUID_FIXUP, 0, 0, 0, label="setting securebits")
+
+
+def _order_groups(groups: Sequence[int], program: Program) -> None:
+    program.order(NR.setgroups, len(groups), program.data(struct.pack(f"<{len(groups)}I", *groups)))
+
+
+def _order_ids(set_three: NR, set_fs: NR, ids: Iterable[int], program: Program) -> None:
+    *three, last = ids
+    program.order(set_three, *three)
+    program.order(set_fs, last)
+
+
+def _correct_ids(creds: creds_pb2.creds_entry, present: Status, ids: UserIds, program: Program) -> None:
+    """In a user namespace below the tree's a process has its ids already (`descend`); a thread may have others."""
+    if tuple(map(ids.gid_here, creds.phaul_outer_groups)) != present.groups:
+        _order_groups(creds.groups, program)
+    if tuple(map(ids.gid_here, creds.phaul_outer_gids)) != _four(present.gids):
+        _order_ids(NR.setresgid, NR.setfsgid, (creds.gid, creds.egid, creds.sgid, creds.fsgid), program)
+    if tuple(map(ids.uid_here, creds.phaul_outer_uids)) != _four(present.uids):
+        _order_ids(NR.setresuid, NR.setfsuid, (creds.uid, creds.euid, creds.suid, creds.fsuid), program)
 
 
 def _set_capabilities(creds: creds_pb2.creds_entry, present: Capabilities, program: Program) -> None:

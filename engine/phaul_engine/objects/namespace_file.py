@@ -50,13 +50,15 @@ class NamespaceFile(DescriptorKind):
                 "let the program close it before it moves",
             )
         entry = ns_pb2.ns_file_entry(id=file_id, ns_id=0, ns_cflag=_FLAGS[kind], flags=status_flags(descriptor))
+        entry.phaul_pid = descriptor.owner.inner_pid
         return fdinfo_pb2.file_entry(type=fdinfo_pb2.NS, id=file_id, nsf=entry)
 
     def rebuild(self, entry: fdinfo_pb2.file_entry, restoration: Restoration) -> int:
         kind = next((name for name, flag in _FLAGS.items() if flag == entry.nsf.ns_cflag), None)
         if kind is None:
             raise ImageError(f"the image names a namespace of unknown kind {entry.nsf.ns_cflag:#x}")
-        task = next(iter(restoration.tasks.values()), None)
+        tasks = restoration.tasks
+        task = tasks.get(entry.nsf.phaul_pid) or next(iter(tasks.values()), None)
         if task is None:
             raise RebuildError("a namespace handle, and no task that is in the namespace")
         return access.open_at(task.proc, f"ns/{kind}")

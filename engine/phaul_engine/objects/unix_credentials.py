@@ -8,16 +8,19 @@ the process is the engine's: it cannot act as another one, and a server asks whe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from phaul_engine import calls
 from phaul_engine.images.pb import sk_packet_pb2, sk_unix_pb2
+from phaul_engine.proc.id_map import OVERFLOW
 from phaul_engine.program import Program, Results
 from phaul_engine.syscalls import NR
+from phaul_engine.user_ids import UserIds
 
 from . import inet
 from .base import Collection, Restoration
@@ -56,24 +59,35 @@ def pair(usk: sk_unix_pb2.unix_sk_entry, restoration: Restoration) -> tuple[sock
     )
 
 
-def listen_again(usk: sk_unix_pb2.unix_sk_entry, fd: int, inner_pid: int, program: Program) -> None:
+def listen_again(
+    usk: sk_unix_pb2.unix_sk_entry, fd: int, inner_pid: int, program: Program, restoration: Restoration
+) -> None:
     """Add to a program of a task that has a listener at `fd` what makes it the one whom connections are told of, if it
     was."""
     cred = usk.phaul_peer_cred
     if cred.pid == inner_pid:
-        _take_ids(program, cred)
-        program.order(NR.listen, fd, usk.backlog, label="listen as a socket's maker")
-        _be_root(program)
+        with _as_maker(program, cred, restoration):
+            program.order(NR.listen, fd, usk.backlog, label="listen as a socket's maker")
 
 
-def _take_ids(program: Program, cred: sk_packet_pb2.sk_ucred_entry) -> None:
-    program.order(NR.setresgid, _KEEP, cred.gid, _KEEP, label="take the group of a socket's maker")
-    program.order(NR.setresuid, _KEEP, cred.uid, _KEEP, label="take the user of a socket's maker")
-
-
-def _be_root(program: Program) -> None:
-    program.order(NR.setresuid, _KEEP, 0, _KEEP, label="be root again")
-    program.order(NR.setresgid, _KEEP, 0, _KEEP, label="be root's group again")
+@contextlib.contextmanager
+def _as_maker(program: Program, cred: sk_packet_pb2.sk_ucred_entry, restoration: Restoration) -> Iterator[None]:
+    """What is added to a program of the maker meanwhile is done as user and group of `cred`."""
+    creds = restoration.checkpoint.one("core", cred.pid).thread_core.creds
+    uid, gid, rest = cred.uid, cred.gid, (0, 0)
+    if creds.phaul_outer_uids:  # it is in a user namespace below the tree's, with its own ids, or those with no number
+        number = restoration.checkpoint.one("ids", cred.pid).user_ns_id
+        ids, inner = restoration.ids, UserIds(restoration.checkpoint, number)
+        uid, gid = inner.uid_inside(ids.uid_here(uid)), inner.gid_inside(ids.gid_here(gid))
+        rest = creds.euid, creds.egid
+        if (uid, gid) == rest or OVERFLOW in (uid, gid, *rest):
+            yield
+            return
+    program.order(NR.setresgid, _KEEP, gid, _KEEP, label="take the group of a socket's maker")
+    program.order(NR.setresuid, _KEEP, uid, _KEEP, label="take the user of a socket's maker")
+    yield
+    program.order(NR.setresuid, _KEEP, rest[0], _KEEP, label="be oneself again")
+    program.order(NR.setresgid, _KEEP, rest[1], _KEEP, label="be of one's own group again")
 
 
 def _pair_inside(
@@ -84,9 +98,8 @@ def _pair_inside(
 ) -> tuple[socket.socket, socket.socket]:
     program = Program()
     numbers = program.space(8)
-    _take_ids(program, cred)
-    program.order(NR.socketpair, socket.AF_UNIX, kind | socket.SOCK_CLOEXEC, 0, numbers, label="make a socket pair")
-    _be_root(program)
+    with _as_maker(program, cred, restoration):
+        program.order(NR.socketpair, socket.AF_UNIX, kind | socket.SOCK_CLOEXEC, 0, numbers, label="make a socket pair")
     left, right = struct.unpack("ii", inside(cred.pid, program).bytes(numbers))
     pidfd = os.pidfd_open(restoration.pid(cred.pid))
     try:

@@ -217,7 +217,7 @@ class Unix(DescriptorKind):
         self, entry: fdinfo_pb2.file_entry, fd: int, task: SkeletonTask, program: Program, restoration: Restoration
     ) -> None:
         if entry.usk.state == State.LISTEN:
-            unix_credentials.listen_again(entry.usk, fd, task.inner_pid, program)
+            unix_credentials.listen_again(entry.usk, fd, task.inner_pid, program, restoration)
 
     def settle(self, entry: fdinfo_pb2.file_entry, fd: int, restoration: Restoration) -> None:
         made = _made(restoration)

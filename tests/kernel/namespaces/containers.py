@@ -126,5 +126,5 @@ def _tree(pid: int) -> list[int]:
 
 def _session(entry: Path) -> int:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return int((entry / "stat").read_text().rpartition(")")[2].split()[3])
+        return int((entry / "stat").read_bytes().rpartition(b")")[2].split()[3])
     return 0

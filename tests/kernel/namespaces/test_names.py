@@ -58,32 +58,3 @@ def test_several_processes_in_a_user_namespace_without_numbers_of_their_own(tmp_
         with pytest.raises(BlockedError, match=r"a user namespace of its own.*processes would need"):
             subject.carry()
         subject.check()
-
-
-_BELOW = """
-def setup():
-    global child
-    from ctypes import CDLL
-    libc = CDLL(None)
-    ready, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
-        assert libc.unshare(0x20000) == 0  # CLONE_NEWNS: it belongs to the container's user namespace
-        for _ in range(2):
-            assert libc.mount(b"tmp", b"/mnt", b"tmpfs", 0, None) == 0
-        assert libc.unshare(0x10000000) == 0  # CLONE_NEWUSER
-        os.write(tell, b"!")
-        while True:
-            signal.pause()
-    assert os.read(ready, 1) == b"!"
-
-def check():
-    os.kill(child, 0)
-"""
-
-
-def test_a_user_namespace_below_the_one_that_mounts_belong_to_is_named(tmp_path: Path) -> None:
-    with container(tmp_path, _BELOW, "--mount", "--pid", "--user", "--map-root-user") as subject:
-        with pytest.raises(BlockedError, match=r"a user namespace of its own.*only the one that the first process"):
-            subject.carry()
-        subject.check()

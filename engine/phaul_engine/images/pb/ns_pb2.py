@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x08ns.proto\"K\n\rns_file_entry\x12\n\n\x02id\x18\x01 \x02(\r\x12\r\n\x05ns_id\x18\x02 \x02(\r\x12\x10\n\x08ns_cflag\x18\x03 \x02(\r\x12\r\n\x05\x66lags\x18\x04 \x02(\r')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x08ns.proto\"_\n\rns_file_entry\x12\n\n\x02id\x18\x01 \x02(\r\x12\r\n\x05ns_id\x18\x02 \x02(\r\x12\x10\n\x08ns_cflag\x18\x03 \x02(\r\x12\r\n\x05\x66lags\x18\x04 \x02(\r\x12\x12\n\tphaul_pid\x18\xe8\x07 \x01(\r')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ns_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NS_FILE_ENTRY']._serialized_start=12
-  _globals['_NS_FILE_ENTRY']._serialized_end=87
+  _globals['_NS_FILE_ENTRY']._serialized_end=107
 # @@protoc_insertion_point(module_scope)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0cuserns.proto\"C\n\x0euid_gid_extent\x12\r\n\x05\x66irst\x18\x01 \x02(\r\x12\x13\n\x0blower_first\x18\x02 \x02(\r\x12\r\n\x05\x63ount\x18\x03 \x02(\r\"q\n\x0cuserns_entry\x12 \n\x07uid_map\x18\x01 \x03(\x0b\x32\x0f.uid_gid_extent\x12 \n\x07gid_map\x18\x02 \x03(\x0b\x32\x0f.uid_gid_extent\x12\x1d\n\x14phaul_deny_setgroups\x18\xe8\x07 \x01(\x08')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0cuserns.proto\"C\n\x0euid_gid_extent\x12\r\n\x05\x66irst\x18\x01 \x02(\r\x12\x13\n\x0blower_first\x18\x02 \x02(\r\x12\r\n\x05\x63ount\x18\x03 \x02(\r\"\xb3\x01\n\x0cuserns_entry\x12 \n\x07uid_map\x18\x01 \x03(\x0b\x32\x0f.uid_gid_extent\x12 \n\x07gid_map\x18\x02 \x03(\x0b\x32\x0f.uid_gid_extent\x12\x1d\n\x14phaul_deny_setgroups\x18\xe8\x07 \x01(\x08\x12\x15\n\x0cphaul_parent\x18\xe9\x07 \x01(\r\x12\x14\n\x0bphaul_owner\x18\xea\x07 \x01(\r\x12\x13\n\nphaul_owns\x18\xeb\x07 \x03(\r')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,6 +33,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_UID_GID_EXTENT']._serialized_start=16
   _globals['_UID_GID_EXTENT']._serialized_end=83
-  _globals['_USERNS_ENTRY']._serialized_start=85
-  _globals['_USERNS_ENTRY']._serialized_end=198
+  _globals['_USERNS_ENTRY']._serialized_start=86
+  _globals['_USERNS_ENTRY']._serialized_end=265
 # @@protoc_insertion_point(module_scope)

@@ -17,11 +17,17 @@ class uid_gid_extent(_message.Message):
     def __init__(self, first: _Optional[int] = ..., lower_first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class userns_entry(_message.Message):
-    __slots__ = ("uid_map", "gid_map", "phaul_deny_setgroups")
+    __slots__ = ("uid_map", "gid_map", "phaul_deny_setgroups", "phaul_parent", "phaul_owner", "phaul_owns")
     UID_MAP_FIELD_NUMBER: _ClassVar[int]
     GID_MAP_FIELD_NUMBER: _ClassVar[int]
     PHAUL_DENY_SETGROUPS_FIELD_NUMBER: _ClassVar[int]
+    PHAUL_PARENT_FIELD_NUMBER: _ClassVar[int]
+    PHAUL_OWNER_FIELD_NUMBER: _ClassVar[int]
+    PHAUL_OWNS_FIELD_NUMBER: _ClassVar[int]
     uid_map: _containers.RepeatedCompositeFieldContainer[uid_gid_extent]
     gid_map: _containers.RepeatedCompositeFieldContainer[uid_gid_extent]
     phaul_deny_setgroups: bool
-    def __init__(self, uid_map: _Optional[_Iterable[_Union[uid_gid_extent, _Mapping]]] = ..., gid_map: _Optional[_Iterable[_Union[uid_gid_extent, _Mapping]]] = ..., phaul_deny_setgroups: _Optional[bool] = ...) -> None: ...
+    phaul_parent: int
+    phaul_owner: int
+    phaul_owns: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, uid_map: _Optional[_Iterable[_Union[uid_gid_extent, _Mapping]]] = ..., gid_map: _Optional[_Iterable[_Union[uid_gid_extent, _Mapping]]] = ..., phaul_deny_setgroups: _Optional[bool] = ..., phaul_parent: _Optional[int] = ..., phaul_owner: _Optional[int] = ..., phaul_owns: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from phaul_engine.proc.id_map import IdMap, inside, outside, read_id_map
+from phaul_engine import calls
+from phaul_engine.proc.id_map import OVERFLOW, IdMap, inside, outside, read_id_map
 
 _ACL_USER, _ACL_GROUP = 0x02, 0x08
 _ACLS = ("system.posix_acl_access", "system.posix_acl_default")
 _CAPABILITY, _WITH_ROOT = "security.capability", 24  # bytes of version 3, which names a user at its end
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,12 @@ class Ids:
     def group_outside(self, gid: int) -> int:
         """A group likewise."""
         return outside(self.groups, gid)
+
+    def filing(self, act: Callable[[], Made]) -> Made:
+        """Run `act`, which makes files, as root of the namespace: file systems that were mounted in it know nobody else
+        (EOVERFLOW)."""
+        root = self.user_outside(0), self.group_outside(0)
+        return act() if root == (0, 0) or OVERFLOW in root else calls.filing(*root, act)
 
     def attribute(self, name: str, value: bytes, *, outwards: bool) -> bytes:
         """An extended attribute with the owners that it names in the other numbers (acl(5), capabilities(7))."""

@@ -78,7 +78,8 @@ def _narrowed(place: str, mounts: list[Mount]) -> Mount:
 
 
 class Judge:
-    """Decides about the mounts of one namespace. `inodes` are those of the roots of mounts that can be reached."""
+    """Decides about the mounts of one namespace. `inodes` are those of the roots of mounts that can be reached; `lower`
+    says that it belongs to a user namespace below the tree's, whose root can mount less."""
 
     def __init__(
         self,
@@ -89,7 +90,10 @@ class Judge:
         inodes: Mapping[int, tuple[int, int]],
         ids: Ids,
         collection: Collection,
+        *,
+        lower: bool,
     ) -> None:
+        self._lower = lower
         self._tree = tree
         self._mounts = mounts
         self._host = host
@@ -137,10 +141,13 @@ class Judge:
     def _anew(self, entry: mnt_pb2.mnt_entry) -> bool:
         kind = self._kind(entry)
         ours = self._host.has(self._device(entry))
-        if filesystems.way(kind) is Way.OUTSIDE or (ours and not filesystems.same_anywhere(kind, self._ids)):
+        if filesystems.way(kind) is Way.OUTSIDE or (ours and not self._same_anywhere(kind)):
             return False
         self._known.add(self._device(entry), b"/")
         return True
+
+    def _same_anywhere(self, kind: str) -> bool:
+        return not self._lower and filesystems.same_anywhere(kind, self._ids)
 
     def _found(self, entry: mnt_pb2.mnt_entry, *, of_root: bool) -> bool:
         if entry.deleted:

@@ -195,12 +195,13 @@ def _clone(entry: mnt_pb2.mnt_entry) -> int:
 
 def _look(view: NamespaceView, reader: _Reader, text: bytes, now: Pass, collection: Collection) -> Seen:
     """Everything about a namespace whose mounts have changed."""
-    ids = Ids.of_task(view.owner.proc)
+    ids = Ids.of_task(view.lord.proc)
     mounts = {mount.id: mount for mount in parse_mounts(text)}
     tree = MountTree(make_entry(mount, _options(mount, ids, now.host)) for mount in mounts.values())
     blockers = len(collection.blockers)
     inodes = places.inside(reader._namespaces, lambda: _inodes(tree))
-    Judge(tree, mounts, now.host, now.known, inodes, ids, collection).decide(str(view), of_root=view.of_root)
+    judge = Judge(tree, mounts, now.host, now.known, inodes, ids, collection, lower=bool(view.above))
+    judge.decide(str(view), of_root=view.of_root)
     removed = [entry for entry in tree.entries.values() if entry.deleted]
     for number, fd in reader.clones(tree, removed).items():
         _carry_removed(tree.entries[number], fd, ids, view, collection)

@@ -23,6 +23,7 @@ from phaul_engine.namespaces.inside import InsideError, Worker
 from phaul_engine.objects import confinement, places
 from phaul_engine.objects.base import Restoration
 from phaul_engine.objects.mounted import Way
+from phaul_engine.user_ids import UserIds
 
 from . import api, archive, externals, filesystems, making
 from .filesystems import Way as Moving
@@ -49,9 +50,9 @@ class Mounts:
 
     def __init__(self, restoration: Restoration) -> None:
         self._restoration = restoration
-        self._workshop = Workshop(restoration.filing)
+        self._workshop = Workshop()
         self._built: dict[int, Built] = {}
-        self._content: dict[int, tuple[bytes, archive.Content]] = {}  # as it was filled in, by device
+        self._content: dict[int, tuple[bytes, archive.Content, Ids]] = {}  # as it was filled in, by device
         self._hidden: dict[int, int] = {}
         self._directories: dict[tuple[int, str], int] = {}  # hidden ones, by mount and name
         self._followed = restoration.checkpoint
@@ -101,7 +102,7 @@ class Mounts:
         """Make what the images say, in a namespace that is a copy of another one."""
         confinement.check_namespace(self._restoration)
         tree = read_tree(self._restoration.checkpoint, place.number)
-        built = self._built[place.number] = Built(place, tree, Ids.of_task(place.task.proc))
+        built = self._built[place.number] = Built(place, tree, self._ids(place))
         first = [entry for entry in tree.order() if not self._layered(entry, tree)]
         later = [entry for entry in tree.order() if self._layered(entry, tree)]
         self._provide(built, first)
@@ -127,6 +128,12 @@ class Mounts:
         self._workshop.remove_again()
         self._share(built)
 
+    def _ids(self, place: NewNamespace) -> Ids:
+        """How the user namespace that a mount namespace belongs to numbers owners."""
+        if place.owner:
+            return Ids(*UserIds(self._restoration.checkpoint, place.owner).maps)
+        return Ids.of_task(place.task.proc)
+
     def _layered(self, entry: mnt_pb2.mnt_entry, tree: MountTree) -> bool:
         """Whether a mount is of a file system that lies over others of the tree, or is on such a mount."""
         while entry is not tree.root:
@@ -145,7 +152,7 @@ class Mounts:
             elif self._caught and built.place.of_root and _is_of_runtime(entry):
                 self._workshop.add(entry.root_dev, entry.root, _clone_inside(built.place.descriptor, entry.mountpoint))
             elif entry.ext_key or (built.place.of_root and entry is built.tree.root and not self._filled(entry)):
-                path = self._path_outside(entry, is_root=entry is built.tree.root)
+                path = self._path_outside(entry, is_root=built.place.of_root and entry is built.tree.root)
                 what = f"the mount at {os_text(entry.mountpoint)}"
                 confinement.check_mount(self._restoration, path, what)
                 self._workshop.add(entry.root_dev, entry.root, _clone_outside(path, entry))
@@ -213,12 +220,12 @@ class Mounts:
         content = archive.unpack(record.payload)
         directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
         try:
-            self._restoration.filing(lambda: archive.fill(directory, content, ids, before[1] if before else None))
+            ids.filing(lambda: archive.fill(directory, content, ids, before[1] if before else None))
         except OSError as error:
             raise RebuildError(f"cannot make a file of a file system of the tree: {error}") from error
         finally:
             os.close(directory)
-        self._content[device] = record.payload, content
+        self._content[device] = record.payload, content, ids
 
     def _clone(self, built: Built, entries: list[mnt_pb2.mnt_entry]) -> dict[int, int]:
         """New mounts with their flags, attached nowhere; and what is open on them where no path will lead to."""
@@ -311,7 +318,7 @@ class Mounts:
         before, self._followed = self._followed, checkpoint
         for device in list(self._content):
             if checkpoint.has(CONTENT, device):
-                self._fill(device, next(iter(self._built.values())).ids)
+                self._fill(device, self._content[device][2])
         for number, built in self._built.items():
             if checkpoint.has(IMAGE, number) and not _same(before, checkpoint, number):
                 self._change(built, read_tree(checkpoint, number))

@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from phaul_engine.errors import RebuildError
 from phaul_engine.images.pb import mnt_pb2
@@ -29,10 +29,9 @@ _OWN = "/proc/thread-self/ns/mnt"
 
 
 class Workshop:
-    """One for a tree. Descriptors that it gives out are open as long as it is. `filing` runs what makes files."""
+    """One for a tree. Descriptors that it gives out are open as long as it is."""
 
-    def __init__(self, filing: Callable[[Callable[[], Any]], Any]) -> None:
-        self._filing = filing
+    def __init__(self) -> None:
         self._stack = ExitStack()
         self._numbers = itertools.count(1)
         self._origins: dict[int, list[tuple[bytes, int]]] = {}
@@ -137,10 +136,10 @@ class Workshop:
         key = (entry.root_dev, entry.root)
         if key not in self._removed:
             try:
-                directory, name = self._filing(lambda: self._make_way(*self.origin(entry)))
+                directory, name = ids.filing(lambda: self._make_way(*self.origin(entry)))
                 is_directory = stat.S_ISDIR(entry.phaul_removed.mode or stat.S_IFDIR)
                 self._temporary.append((directory, name, is_directory, os.fstat(directory)))
-                self._filing(lambda: _make_removed(entry, directory, name, ids))
+                ids.filing(lambda: _make_removed(entry, directory, name, ids))
                 self._removed[key] = api.clone(name, directory)
             except OSError as error:
                 what = f"cannot make {os_text(entry.root)} again, which is deleted but mounted: {error.strerror}"

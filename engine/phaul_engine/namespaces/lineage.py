@@ -1,0 +1,56 @@
+"""Which user namespace a namespace belongs to, and which is whose parent, at the source (ioctl_ns(2)).
+
+A tree may have user namespaces below that of its first process: a service that systemd gives one, a sandbox of a
+browser.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from phaul_engine.objects import places
+from phaul_engine.proc.access import open_at
+
+_NS_GET_PARENT, _NS_GET_OWNER_UID = 0xB702, 0xB704
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Of a namespace. `above` is the number of the user namespace that it belongs to, or, of a user namespace, of its
+    parent; 0 if no task of the tree, nor the engine, is in that. `maker` is, of a user namespace, who made it, as the
+    engine numbers users."""
+
+    above: int = 0
+    maker: int = 0
+
+
+def standing(name: str, proc: int, users: Mapping[tuple[int, int], int]) -> Standing:
+    """Of the namespace `name` that a task is in. `users` numbers user namespaces, by device and inode."""
+    fd = open_at(proc, f"ns/{name}")
+    try:
+        if name != "user":
+            return Standing(_number(places.owner_of, fd, users))
+        maker = fcntl.ioctl(fd, _NS_GET_OWNER_UID, bytes(4))
+        return Standing(_number(_parent_of, fd, users), struct.unpack("I", maker)[0])
+    finally:
+        os.close(fd)
+
+
+def _parent_of(fd: int) -> int:
+    return fcntl.ioctl(fd, _NS_GET_PARENT)
+
+
+def _number(ask: Callable[[int], int], fd: int, users: Mapping[tuple[int, int], int]) -> int:
+    try:
+        above = ask(fd)
+    except PermissionError:  # it is outside of the engine's own
+        return 0
+    try:
+        status = os.fstat(above)
+    finally:
+        os.close(above)
+    return users.get((status.st_dev, status.st_ino), 0)
