@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import stat
 import tempfile
 from collections.abc import Sequence
@@ -19,24 +20,34 @@ from typing import Any
 from . import calls
 from .errors import RebuildError
 from .native import failure, ffi, lib, new_error
-from .target import Tracer
+from .target import Tracer, reap
 
 ROOT, PLUGS, PIPES = "caught", "caught plugs", "caught pipes"
 """The options of a `Restoration` that give the pid of a process that was caught, its `Caught.plugs` and `.pipes`."""
-NOTHING: dict[str, Any] = {ROOT: 0, PLUGS: {}, PIPES: {}}
+PORTS = "caught ports"
+"""The option for what is to be set of outer ends of veth pairs as ports of their bridges, by name (`Port.settings`)."""
+NOTHING: dict[str, Any] = {ROOT: 0, PLUGS: {}, PIPES: {}, PORTS: {}}
 """The same where nothing was caught, whatever others say."""
 
 _SAID = 300  # characters of what a failed command has said
 
 
 @dataclass(frozen=True)
+class Port:
+    """The bridge that a network device was to be a port of, and what was to be set of it as one (IFLA_BRPORT_*)."""
+
+    bridge: str
+    settings: bytes = b""
+
+
+@dataclass(frozen=True)
 class Caught:
-    """The first process of a container, which is stopped, and dies with the tracer. `plugs` are the bridges that
-    network devices, by their indexes, were to be plugged into. None was: the container's addresses would be heard.
+    """The first process of a container, which is stopped, and dies with the tracer. `plugs` say which bridges network
+    devices, by their indexes, were to be plugged into. None was: the container's addresses would be heard.
     `pipes` are duplicates of those of its standard descriptors that are pipes, by number."""
 
     pid: int
-    plugs: dict[int, str]
+    plugs: dict[int, Port]
     pipes: dict[int, int]
 
     @property
@@ -68,8 +79,19 @@ def catch(tracer: Tracer, command: Sequence[str], timeout: float, *, privileged:
             text = said.read().decode(errors="replace").strip()[-_SAID:]
             raise RebuildError(f"{' '.join(command)} failed: {failure(err)}{': ' if text else ''}{text}")
         plugs = [wanted.plugs[index] for index in range(wanted.plug_count)]
-        bridges = {one.port: os.fsdecode(ffi.string(one.bridge)) for one in plugs}
-        return Caught(pid, bridges, _pipes(pid))
+        return Caught(pid, {one.port: _port(one) for one in plugs}, _pipes(pid))
+
+
+def _port(plug: Any) -> Port:
+    return Port(os.fsdecode(ffi.string(plug.bridge)), bytes(ffi.buffer(plug.set)[: plug.set_size]))
+
+
+def kill(tracer: Tracer, caught: Caught) -> None:
+    """It is not to be the root of anything."""
+    for fd in caught.pipes.values():
+        os.close(fd)
+    os.kill(caught.pid, signal.SIGKILL)
+    reap(tracer, [caught.pid])
 
 
 def _pipes(pid: int) -> dict[int, int]:

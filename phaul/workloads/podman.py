@@ -23,7 +23,7 @@ from phaul.events import Finding
 from phaul.haul.places import NOWHERE, Places
 from phaul.journal import Task
 
-from . import commands, podman_facts
+from . import commands, podman_facts, podman_networks
 from .base import Found, Note, Place, Workload, refuse
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ _ENDED = ("", "created", "configured", "exited")  # and nothing is left of it bu
 # Options of the engine, which nobody who only asks has to load.
 _CONSOLES = "consoles"  # phaul_engine.objects.console.OPTION
 _MONITORED = "monitored pipes"  # phaul_engine.objects.pipe.MONITORED
+_PLUGGED = "bridges of a runtime"  # phaul_engine.namespaces.net.needs.PLUGGED
 _MOUNTED = "runtime mounts"  # phaul_engine.namespaces.mnt.externals.MOUNTED
 
 
@@ -62,11 +63,13 @@ class Podman(Workload):
                 f"podman unpause {name}" if state == "paused" else f"start it on the other host: podman start {name}"
             )
             raise UsageError(f"{words} is {state}", advice=advice)
+        networks = podman_networks.of(told)
         facts = {
             "name": told["Name"],
             "pid": pid,
             "options": podman_facts.options(told),
-            "create": podman_facts.creation(told),
+            "create": podman_networks.with_addresses(podman_facts.creation(told), networks),
+            "networks": podman_networks.pack(networks),
             "layer": podman_facts.layer(told),
             "hostname": podman_facts.host_name(told),
         }
@@ -74,10 +77,12 @@ class Podman(Workload):
             _MONITORED: podman_facts.pipes(int(told["State"]["ConmonPid"])),
             _MOUNTED: [podman_facts.shared_memory(told)],
             _CONSOLES: True,
+            _PLUGGED: True,
         }
         rooms = (facts["layer"],) if facts["layer"] else ()
         trees = (*rooms, *dict.fromkeys(podman_facts.directories(told)))
-        return Found(pid, words, facts, tuple(podman_facts.cannot(told)), trees, options, rooms)
+        findings = (*podman_facts.cannot(told), *podman_networks.cannot(networks, told))
+        return Found(pid, words, facts, findings, trees, options, rooms)
 
     def examine(self, facts: dict[str, Any], hauled: Collection[str] = ()) -> list[Finding]:
         name = _named(facts)
@@ -93,7 +98,8 @@ class Podman(Workload):
         if state not in _ENDED:
             text, advice = f"the container {name} there is {state}", f"stop it there: podman stop {name}"
             return [Finding("blocker", "podman-name", text, advice)]
-        return [*_other(facts, there, create), *_used(facts, there, create), *podman_facts.cannot(there)]
+        found = [*_other(facts, there, create), *_used(facts, there, create), *podman_facts.cannot(there)]
+        return [*found, *podman_networks.differs(facts, there)]
 
     def rooms(self, facts: dict[str, Any], note: Note) -> dict[str, str]:
         name, layer = _named(facts), str(facts.get("layer") or "")
@@ -118,6 +124,12 @@ class Podman(Workload):
         caught = catching.catch(tracer, command, _STARTING, privileged=True)
         notes["first"] = [caught.pid, Task.of(caught.pid).start]
         note(notes)
+        try:
+            podman_networks.pin(_started(name))
+            podman_networks.check(facts, _started(name))
+        except (OSError, PhaulError):
+            catching.kill(tracer, caught)
+            raise
         with contextlib.suppress(PhaulError):  # it is not worth failing for
             if notes["mounted"]:  # podman counts, and has mounted it for the start once more
                 podman_facts.run("unmount", name)
@@ -179,6 +191,13 @@ def _state(name: str) -> tuple[str, int]:
     """In podman's words, with the first process; an empty one if podman knows none of that name."""
     told = podman_facts.inspect(name)
     return podman_facts.state(told) if told is not None else ("", 0)
+
+
+def _started(name: str) -> podman_facts.Facts:
+    told = podman_facts.inspect(name)
+    if told is None:
+        raise PhaulError(f"podman has started the container {name}, and knows none of that name now")
+    return told
 
 
 def _check_name(name: str) -> None:

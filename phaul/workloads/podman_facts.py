@@ -18,11 +18,11 @@ from . import commands
 Facts: TypeAlias = dict[str, Any]
 """One container, as podman tells of it in JSON."""
 
-_PATIENCE = 30.0  # seconds for a command
+PATIENCE = 30.0  # seconds for a command
 _UNKNOWN = "no such container"  # in what podman says where it knows none
 _NEVER = "0001-01-01T00:00:00Z"  # when one was started that never was
 _RESTARTS = ("", "no", "never")
-_NETWORKS = ("none", "host")
+_NETWORKS = ("none", "host", "bridge")
 _ORDERED = ("Config.Cmd", "Config.Entrypoint")  # other lists come in any order
 _LOCAL = frozenset(
     {
@@ -41,7 +41,7 @@ _LOCAL = frozenset(
 
 def run(*words: str) -> str:
     """What a command of podman says. PhaulError, with that, if it fails."""
-    return commands.run(("podman", *words), _PATIENCE, advice="install the package podman")
+    return commands.run(("podman", *words), PATIENCE, advice="install the package podman")
 
 
 def inspect(name: str) -> Facts | None:
@@ -111,14 +111,16 @@ def host_name(facts: Facts) -> str:
 
 
 def rename_host(facts: Facts, name: str) -> None:
-    """Have them say another name. In place: they are mounted."""
-    before = host_name(facts)
+    """Have them say another name. In place: they are mounted. Podman writes one of them anew at each start, the other
+    says still what it was renamed to before."""
+    before = {host_name(facts), str(facts["Config"].get("Hostname") or "")} - {"", name}
     if not before:
         return
     for key in ("HostnamePath", "HostsPath"):
         path = Path(facts.get(key) or "/")
         if path.is_file():
-            path.write_text(re.sub(rf"(?<!\S){re.escape(before)}(?!\S)", name, path.read_text()))
+            names = "|".join(map(re.escape, sorted(before)))
+            path.write_text(re.sub(rf"(?<!\S)({names})(?!\S)", name, path.read_text()))
 
 
 def _is_split(facts: Facts) -> bool:
@@ -205,8 +207,8 @@ def cannot(facts: Facts) -> Iterator[Finding]:
         text = "podman runs health checks in it, on the other host too while it is being moved there"
         yield Finding("blocker", "podman-health", text, "create it with --no-healthcheck")
     if host["NetworkMode"] not in _NETWORKS:
-        text = f"--network {host['NetworkMode']}: what podman has set up for it (addresses, ports) is this host's"
-        yield Finding("blocker", "podman-network", text, "create it with --network none or --network host")
+        text = f"--network {host['NetworkMode']}: its network is none that podman there could set up by itself"
+        yield Finding("blocker", "podman-network", text, "create it on a network of driver bridge, with none, or host")
     if host["PidMode"] != "private":
         text = f"--pid {host['PidMode']}: its first process is none that podman there could have started"
         yield Finding("blocker", "podman-namespaces", text, "create it without")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
-from phaul_engine.catching import Caught, catch
+from phaul_engine.catching import Caught, Port, catch, kill
 from phaul_engine.errors import RebuildError
-from phaul_engine.target import Tracer, reap
+from phaul_engine.target import Tracer
 
 pytestmark = pytest.mark.skipif(not shutil.which("unshare"), reason="unshare is not installed")
 
@@ -30,27 +31,54 @@ def _ids(caught: Caught) -> set[str]:
         return {word for line in file if line.startswith(("Uid:", "Gid:")) for word in line.split()[1:]}
 
 
-def _end(tracer: Tracer, caught: Caught) -> None:
-    for fd in caught.pipes.values():
-        os.close(fd)
-    os.kill(caught.pid, signal.SIGKILL)
-    reap(tracer, [caught.pid])
-
-
 @pytest.mark.parametrize("privileged", [False, True])
 def test_it_keeps_its_privileges_if_it_is_to(tracer: Tracer, privileged: bool) -> None:
     caught = catch(tracer, ["sh", "-c", f"{_RUNTIME} &"], _TIMEOUT, privileged=privileged)
     assert _ids(caught) == ({"0"} if privileged else {"4242"})
-    _end(tracer, caught)
+    kill(tracer, caught)
 
 
 def test_its_pipes_are_held(tracer: Tracer) -> None:
     caught = catch(tracer, ["sh", "-c", f"{_RUNTIME} | cat &"], _TIMEOUT)
     assert list(caught.pipes) == [1]
     assert os.readlink(f"/proc/self/fd/{caught.pipes[1]}") == os.readlink(f"/proc/{caught.pid}/fd/1")
-    _end(tracer, caught)
+    kill(tracer, caught)
 
 
 def test_a_command_that_starts_none_is_an_error(tracer: Tracer) -> None:
     with pytest.raises(RebuildError, match="sh -c exit 0 failed"):
         catch(tracer, ["sh", "-c", "exit 0"], _TIMEOUT)
+
+
+_PLUGGING = """
+import os, socket, struct, sys
+from phaul_engine.namespaces.net import link
+from phaul_engine.namespaces.net.netlink import NESTED, Namespace, attribute
+index = socket.if_nametoindex
+master = attribute(link.MASTER, index("bridge").to_bytes(4, "little"))
+hairpin = attribute(12 | NESTED, attribute(4, b"\\1"))  # IFLA_PROTINFO, IFLA_BRPORT_MODE
+with Namespace(os.open("/proc/self/ns/net", os.O_RDONLY)) as home:
+    home.route.request(link.SETLINK, 0, link.head(index("out")) + master)
+    home.route.request(link.SETLINK, 0, link.head(index("out"), family=7) + hairpin)
+    home.route.request(link.SETLINK, 0, link.head(index("other"), flags=1, change=1))
+"""
+
+
+def test_what_it_plugs_in_by_netlink_is_left_out(tracer: Tracer) -> None:
+    """As podman's plugins do it: the caught container is not heard, and what would have been is known."""
+    _ip("link add bridge type bridge", "link add out type veth peer name other")
+    plugging = ["sh", "-c", f"'{sys.executable}' -c '{_PLUGGING}' && {_RUNTIME} &"]
+    caught = catch(tracer, plugging, _TIMEOUT)
+    (index,) = caught.plugs
+    assert caught.plugs[index].bridge == "bridge"
+    assert caught.plugs[index] == Port("bridge", b"\5\0\4\0\1\0\0\0")
+    said = _ip("-d link show out", "link show other")
+    assert f"{index}: out@other" in said
+    assert "master bridge" not in said
+    assert ",UP" in said.partition(": other@")[2], "what is no port of a bridge is done"
+    kill(tracer, caught)
+    _ip("link del out", "link del bridge")
+
+
+def _ip(*commands: str) -> str:
+    return "".join(subprocess.run(["ip", *one.split()], check=True, stdout=-1).stdout.decode() for one in commands)

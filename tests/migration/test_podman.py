@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.hosts import Hosts
-from tests.subjects.podman import BUSYBOX, Container
+from tests.hosts import Host, Hosts
+from tests.hosts.migrate import Migration, fault
+from tests.subjects.podman import ADDRESS, BUSYBOX, LAN, MAC, PORT, Container
+from tests.subjects.programs import start_echo_client
 
 pytestmark = [
     pytest.mark.skipif(not (shutil.which("podman") and shutil.which("runc")), reason="podman or runc is not installed"),
     pytest.mark.timeout(300),
 ]
+
+_plugins = pytest.mark.skipif(not Path("/usr/lib/cni/bridge").exists(), reason="no containernetworking-plugins")
 
 
 @pytest.fixture
@@ -92,3 +98,143 @@ def test_one_that_writes_to_a_volume_only(hosts: Hosts) -> None:
     assert one.inside(hosts.b, "cat", "/tmp/file", "/dev/shm/file").split() == ["memory"] * 2
     assert one.inside(hosts.b, "id", "-u") == "4242"
     one.tear_down()
+
+
+@pytest.fixture
+def plugged(hosts: Hosts, bridges: None) -> Iterator[Container]:
+    """One on a network whose bridge is on the hosts' own network."""
+    one = Container(hosts, ["--ip", ADDRESS, "--mac-address", MAC], network=LAN)
+    one.set_up()
+    one.create()
+    one.start(hosts.a)
+    yield one
+    one.tear_down()
+
+
+@_plugins
+@pytest.mark.timeout(600)
+def test_one_on_a_bridge_moves_there_and_back_with_its_connections(hosts: Hosts, plugged: Container) -> None:
+    client = start_echo_client(hosts.client, ADDRESS)
+    client.goes_on("requests", 20.0)
+    with fault(hosts.b, "destination before send READY: error"):
+        assert plugged.move(hosts.a, "--ship", "missing").outcome == "stayed"
+    assert _leftover(hosts.b) == []
+    client.goes_on("requests", 20.0)
+    for source, destination in ((hosts.a, hosts.b), (hosts.b, hosts.a)):
+        migration = plugged.move(source, "--ship", "missing")
+        assert migration.outcome == "migrated", str(migration)
+        assert _leftover(source) == []
+        plugged.goes_on(destination)
+        client.goes_on("requests", 20.0)
+        settings = plugged.told(destination)["NetworkSettings"]["Networks"][LAN]
+        assert (settings["IPAddress"], settings["MacAddress"]) == (ADDRESS, MAC)
+        assert {f"link/ether {MAC}", f"inet {ADDRESS}/24"} <= _pairs(plugged.inside(destination, "ip", "addr"))
+        name = plugged.inside(destination, "hostname")
+        assert f"{ADDRESS}\t{name}" in plugged.inside(destination, "cat", "/etc/hosts")
+        assert destination.run(["bridge", "-d", "link"]).stdout.count("hairpin on") == 1, "as podman has set it"
+    client.finish()
+    hosts.a.run(["podman", "stop", "--time", "5", plugged.name])
+    assert (_leftover(hosts.a), plugged.told(hosts.a)["State"]["ExitCode"]) == ([], 0)
+
+
+@_plugins
+@pytest.mark.timeout(600)
+def test_one_on_podmans_own_network(hosts: Hosts) -> None:
+    """It moves where podman was told its addresses, by the command that the preflight writes down; with a volume that
+    is sent along, too, for which podman there runs in a mount namespace of its own."""
+    options = ["--publish", f"{PORT}:7777", "--volume", "/srv/own/sent:/sent"]
+    one = Container(hosts, options, volume=True, network="podman")
+    one.set_up()
+    for host in (hosts.a, hosts.b):
+        host.path("/srv/own/sent").mkdir()
+    one.create()
+    hosts.b.path("/srv/own/sent").rmdir()
+    one.start(hosts.a)
+    settings = one.told(hosts.a)["NetworkSettings"]["Networks"]["podman"]
+    addresses = [settings["IPAddress"], settings["MacAddress"]]
+    finding = _blocker(one.move(hosts.a, "--ship", "missing"))
+    assert (finding["check"], addresses[0] in finding["text"]) == ("podman-address", True), finding
+    advice = finding["advice"].removeprefix("there: ").split(", and ")
+    assert advice[1] == f"podman network connect --ip {addresses[0]} --mac-address {addresses[1]} podman web"
+    for command in advice:
+        hosts.b.run(command.split())
+    assert _greeting(hosts.client, hosts.a) == "hello"
+    migration = one.move(hosts.a, "--ship", "missing")
+    assert migration.outcome == "migrated", str(migration)
+    one.goes_on(hosts.b)
+    settings = one.told(hosts.b)["NetworkSettings"]["Networks"]["podman"]
+    assert [settings["IPAddress"], settings["MacAddress"]] == addresses
+    assert (_greeting(hosts.client, hosts.a), _greeting(hosts.client, hosts.b)) == ("", "hello"), "the published port"
+    assert _leftover(hosts.a) == []
+    assert "0% packet loss" in one.inside(hosts.b, "ping", "-c", "1", hosts.client.address), "through its gateway"
+    hosts.b.run(["podman", "stop", "--time", "5", one.name])
+    assert _leftover(hosts.b) == []
+    one.tear_down()
+
+
+@pytest.fixture
+def published(hosts: Hosts) -> Iterator[Container]:
+    """One on podman's own network, with a published port."""
+    one = Container(hosts, ["--publish", f"{PORT}:7777"], volume=True, network="podman")
+    one.set_up()
+    one.create()
+    one.start(hosts.a)
+    yield one
+    one.tear_down()
+
+
+@_plugins
+@pytest.mark.timeout(600)
+def test_networks_that_another_host_has_not(hosts: Hosts, published: Container) -> None:
+    def refused() -> tuple[str, str]:
+        finding = _blocker(published.move(hosts.a))
+        return finding["text"], finding["advice"]
+
+    hosts.a.run(["podman", "network", "create", "--subnet", "10.99.0.0/24", "--disable-dns", "back"])
+    published.network = "back"
+    published.options += ["--ip", "10.99.0.9", "--mac-address", MAC]
+    published.create(hosts.a)
+    published.start(hosts.a)
+    published.network = "podman"
+    published.create(hosts.b, options=["--publish", f"{PORT}:7777"])
+    text, advice = refused()
+    assert text == "there is no network back there"
+    command = advice.rpartition(": ")[2]
+    hosts.b.run(command.replace("10.99.0", "10.98.0").split())
+    assert "the network back there is another one: subnets is" in refused()[0]
+    hosts.b.run(["podman", "network", "rm", "back"])
+    hosts.b.run(command.split())
+    assert refused()[0] == "the container there is not on the network back"
+    published.network = "back"
+    published.create(hosts.b, options=["--publish", f"{PORT}:7777", "--ip", "10.99.0.8", "--mac-address", MAC])
+    assert f"other addresses on the network back: 10.99.0.8, {MAC}, here 10.99.0.9, {MAC}" in refused()[0]
+    published.create(hosts.b)
+    other = ["podman", "run", "-d", "--name", "other", "--network", "back", "--ip", "10.99.0.9"]
+    hosts.b.run([*other, "small", BUSYBOX, "sleep", "100"])
+    assert refused()[0] == "the container other there has its address on the network back"
+
+
+def _blocker(migration: Migration) -> dict[str, str]:
+    """The first thing of a refused migration's that speaks against it."""
+    assert migration.outcome == "refused", str(migration)
+    (answer,) = (event for event in migration.events if event["event"] == "preflight")
+    return next(finding for finding in answer["findings"] if finding["severity"] == "blocker")
+
+
+def _pairs(text: str) -> set[str]:
+    return {f"{one} {other}" for one, other in itertools.pairwise(text.split())}
+
+
+def _greeting(client: Host, host: Host) -> str:
+    """What is answered at the published port of a host."""
+    script = f"printf hello | timeout 10 {BUSYBOX} nc -w 5 {host.address} {PORT}"
+    return client.run(["sh", "-c", script], check=False).stdout
+
+
+def _leftover(host: Host) -> list[str]:
+    """What a host has of a container's network."""
+    ports = host.run(["ip", "-o", "link", "show", "type", "bridge_slave"]).stdout.splitlines()
+    leases = [path.name for path in host.path("/var/lib/cni/networks").glob("*/10.*")]
+    spaces = [path.name for path in host.path("/run/netns").glob("*")]
+    rules = [line for line in host.run(["nft", "list", "ruleset"]).stdout.splitlines() if " 10." in line]
+    return [*(port for port in ports if " eth0" not in port), *leases, *spaces, *rules]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.hosts import Host, Hosts
+from tests.hosts.bridges import BRIDGE
 from tests.hosts.migrate import Migration, parse
 from tests.subjects.programs import build, parse_status, wait_until
 
@@ -26,22 +27,46 @@ default_ulimits = ["nofile={files}:{files}", "nproc={processes}:{processes}"]
 cgroup_manager = "cgroupfs"
 runtime = "runc"
 events_logger = "file"
+[network]
+network_config_dir = "{networks}"
 """
+ADDRESS, MAC, PORT = "10.77.0.50", "02:77:00:00:00:50", 8077
+LAN = "lan"
+"""A network whose bridge is on the hosts' own network (`tests.hosts.bridges`), as an administrator writes one down."""
+_LAN = {
+    "cniVersion": "0.4.0",
+    "name": LAN,
+    "plugins": [
+        {
+            "type": "bridge",
+            "bridge": BRIDGE,
+            "hairpinMode": True,
+            "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.77.0.0/24"}]]},
+        },
+        {"type": "portmap", "capabilities": {"portMappings": True}},
+        {"type": "firewall"},
+        {"type": "tuning"},
+    ],
+}
+_NETWORKS = "/run/container-networks"
+_FORWARD = "/proc/sys/net/ipv4/ip_forward"
 _PROGRAM = f"""[ -w / ] && {BUSYBOX} rm -rf /gone && {BUSYBOX} mkdir /made && echo early > /made/file
 while :; do echo tick; {BUSYBOX} sleep 0.1; done &
+/bin/echo server :: 7777 /data/echo.status &
 exec /bin/heap --status /data/heap.status --heap 16 --rate 10
 """
 
 
 @dataclass
 class Container:
-    """One, on both hosts, that is created with `options`. Its program writes to its own layer, or, if it has one, to a
-    volume on storage that both see, and to its log."""
+    """One, on both hosts, that is created with `options`, on `network`. Its program writes to its own layer, or, if it
+    has one, to a volume on storage that both see, and to its log; another one answers at port 7777."""
 
     hosts: Hosts
     options: list[str] = field(default_factory=list)
     name: str = "web"
     volume: bool = False
+    network: str = "none"
 
     def set_up(self) -> None:
         """Have podman work on the hosts, without the privileges that tests may lack; and the image."""
@@ -53,10 +78,13 @@ class Container:
             (root / directory).chmod(0o777)
         shutil.copytree(root / "data", self.hosts.shared / "data")
         shutil.copy(BUSYBOX, root / "bin" / "busybox")
-        shutil.copy(build("heap", "-static"), root / "bin" / "heap")
+        for name in ("heap", "echo"):
+            shutil.copy(build(name, "-static"), root / "bin" / name)
         (root / "gone" / "file").write_text("of the image\n")
         for host in (self.hosts.a, self.hosts.b):
-            host.path(_OURS).write_text(_SETTINGS.format(files=files, processes=processes))
+            host.path(_OURS).write_text(_SETTINGS.format(files=files, processes=processes, networks=_NETWORKS))
+            host.path(_NETWORKS).mkdir()
+            host.path(f"{_NETWORKS}/{LAN}.conflist").write_text(json.dumps(_LAN))
             host.run(["mount", "--bind", _OURS, _CONFIGURATION])
             if host is self.hosts.a:
                 host.run(["sh", "-c", "tar -C /srv/shared/image -c . | podman import - small"])
@@ -72,6 +100,7 @@ class Container:
             host.run(["umount", "/var/lib/containers/storage/overlay"], check=False)  # where podman has left it
             host.run(["umount", _CONFIGURATION])
             host.run(["rm", "-rf", "/var/lib/containers", "/run/containers", "/run/libpod", _OURS])
+            _clear_networks(host)
             host.run(["rmdir", "/sys/fs/cgroup/libpod_parent"], check=False)  # where a container ran
         for directory in ("image", "data"):
             shutil.rmtree(self.hosts.shared / directory)
@@ -84,7 +113,7 @@ class Container:
             chosen = [*(self.options if options is None else options)]
             chosen += ["--read-only", "--volume", "/srv/shared/data:/data"] if self.volume else []
             program = [BUSYBOX, "sh", "-c", _PROGRAM]
-            host.run(["podman", "create", "--name", self.name, "--network", "none", *chosen, "small", *program])
+            host.run(["podman", "create", "--name", self.name, "--network", self.network, *chosen, "small", *program])
 
     def start(self, host: Host) -> None:
         """Start it, and wait until its program works."""
@@ -131,6 +160,16 @@ class Container:
         words = ["phaul", "migrate", "--podman", self.name, f"root@{self.hosts.other(source).address}"]
         done = source.run([*words, "--json", "--yes", "--max-downtime", "5000", *options], check=False, timeout=90.0)
         return parse(done)
+
+
+def _clear_networks(host: Host) -> None:
+    """What podman leaves of its networks when no container is on them any more."""
+    host.run(["umount", "--recursive", "/run/netns"], check=False)
+    host.run(["rm", "-rf", "/var/lib/cni", "/run/netns", _NETWORKS])
+    host.run(["nft", "flush", "ruleset"])
+    for bridge in ("cni-podman0", "cni-podman1"):
+        host.run(["ip", "link", "delete", bridge], check=False)
+    host.run(["sh", "-c", f"echo 0 > {_FORWARD}"])
 
 
 def _idle(host: Host) -> bool:

@@ -78,7 +78,7 @@ def test_the_command_that_creates_one_like_it() -> None:
 @pytest.mark.parametrize(
     ("change", "check"),
     [
-        ({"NetworkMode": "bridge"}, "podman-network"),
+        ({"NetworkMode": "slirp4netns"}, "podman-network"),
         ({"PidMode": "host"}, "podman-namespaces"),
         ({"IpcMode": "container:abc"}, "podman-namespaces"),
         ({"UsernsMode": "private"}, "podman-namespaces"),
@@ -140,7 +140,11 @@ def test_what_one_has_written_is_replaced_only_where_a_migration_has_left_it(
 def test_its_files_tell_the_name_that_it_has(tmp_path: Path) -> None:
     (tmp_path / "hostname").write_text("abc")
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.0.0.7\tabcd\n127.0.0.1\tabc web\n")
-    told = {"HostnamePath": str(tmp_path / "hostname"), "HostsPath": str(tmp_path / "hosts")}
+    told: dict[str, Any] = {"HostnamePath": str(tmp_path / "hostname"), "HostsPath": str(tmp_path / "hosts")}
+    told["Config"] = {"Hostname": "abc"}
     podman_facts.rename_host(told, "old")
     assert podman_facts.host_name(told) == "old"
     assert (tmp_path / "hosts").read_text() == "127.0.0.1 localhost\n10.0.0.7\tabcd\n127.0.0.1\told web\n"
+    (tmp_path / "hosts").write_text("127.0.0.1\tabc web\n")  # it was started again
+    podman_facts.rename_host(told, "old")
+    assert (tmp_path / "hosts").read_text() == "127.0.0.1\told web\n"

@@ -211,10 +211,14 @@ struct ph_birth {
 /* Start the root of a skeleton: a traced (EXITKILL, births followed) task that interprets. Returns its pid. */
 long ph_spawn (struct ph_tracer *tracer, struct ph_birth *birth, struct ph_error *err);
 
+#define PH_PORT_SETTINGS 128
+
 /* A network device that was to become a port of a bridge. */
 struct ph_plug {
 	char bridge[16];
-	int32_t port; /* its index */
+	int32_t port;      /* its index */
+	uint32_t set_size; /* bytes in `set` */
+	uint8_t set[PH_PORT_SETTINGS]; /* what was to be set of it as a port: attributes, IFLA_BRPORT_* */
 };
 
 #define PH_PLUGS 32
@@ -234,7 +238,8 @@ struct ph_catch {
 /* Run a command that goes to its end with exit status 0, having started a process in a pid namespace of its own, and
    catch that before it has run any instruction of its program. Returns its pid: traced (EXITKILL, births followed), and
    stopped; nothing else of what was started is traced any more. -1: none of it is left, so far as it was traced.
-   Nothing is plugged into bridges meanwhile (SIOCBRADDIF of netdevice(7)): what would have been stands in `plugs`.
+   Nothing is plugged into bridges meanwhile (SIOCBRADDIF of netdevice(7), IFLA_MASTER of rtnetlink(7)), so far as this
+   is done from the caller's network namespace, to a device that is there: what would have been stands in `plugs`.
    With `privileged` no call of the first process is made that would take capabilities or its ids from it, or confine it
    by a filter (capabilities(7), setuid(2), seccomp(2)): a runtime that takes them before the program is executed would
    leave a task that nothing can be built in. */

@@ -6,6 +6,8 @@
 #include <asm/unistd.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/if_link.h>
+#include <linux/rtnetlink.h>
 #include <linux/seccomp.h>
 #include <linux/sockios.h>
 #include <net/if.h>
@@ -14,6 +16,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -166,6 +170,139 @@ unplug (struct hunt *hunt, pid_t pid, uint64_t argument)
 	plug->port = request.ifr_ifindex;
 }
 
+/* A request to rtnetlink about one device, as it stands in a task's memory at `where`. */
+struct request {
+	union {
+		struct nlmsghdr head;
+		uint8_t bytes[4096];
+	};
+	uint64_t where;
+};
+
+/* Whether a thread is in our own network namespace: indexes and names of devices mean the same to it. */
+static bool
+is_at_home (pid_t pid)
+{
+	char path[64];
+	struct stat ours, theirs;
+
+	snprintf (path, sizeof (path), "/proc/%d/ns/net", pid);
+	return stat ("/proc/self/ns/net", &ours) == 0 && stat (path, &theirs) == 0 && ours.st_ino == theirs.st_ino
+	       && ours.st_dev == theirs.st_dev;
+}
+
+/* Whether sendto(2) sends to the kernel, or to whoever the socket is connected with. */
+static bool
+sends_to_kernel (pid_t pid, const uint64_t *args)
+{
+	sa_family_t family = AF_NETLINK;
+	struct iovec here = { &family, sizeof (family) }, there = { (void *) args[4], sizeof (family) };
+
+	return (!args[4] || process_vm_readv (pid, &here, 1, &there, 1, 0) == sizeof (family)) && family == AF_NETLINK;
+}
+
+/* Read what is about to be sent, if it is a request of rtnetlink to make or change a device here. */
+static bool
+read_request (pid_t pid, const uint64_t *args, struct request *request)
+{
+	struct iovec here = { request->bytes, sizeof (request->bytes) }, there = { (void *) args[1], args[2] };
+
+	if (args[2] < NLMSG_LENGTH (sizeof (struct ifinfomsg)) || args[2] > sizeof (request->bytes))
+		return false;
+	if (!sends_to_kernel (pid, args))
+		return false;
+	if (process_vm_readv (pid, &here, 1, &there, 1, 0) != (ssize_t) args[2])
+		return false;
+	request->where = args[1];
+	const struct nlmsghdr *head = &request->head;
+	if (head->nlmsg_len > args[2] || head->nlmsg_len < NLMSG_LENGTH (sizeof (struct ifinfomsg)))
+		return false;
+	return (head->nlmsg_type == RTM_NEWLINK || head->nlmsg_type == RTM_SETLINK) && is_at_home (pid);
+}
+
+static struct rtattr *
+find_attribute (struct request *request, unsigned short type)
+{
+	struct rtattr *one = IFLA_RTA (NLMSG_DATA (&request->head));
+	int size = (int) IFLA_PAYLOAD (&request->head);
+
+	for (; RTA_OK (one, size); one = RTA_NEXT (one, size))
+		if ((one->rta_type & NLA_TYPE_MASK) == type)
+			return one;
+	return NULL;
+}
+
+/* Change it where it is. */
+static bool
+change_request (pid_t pid, const struct request *request, void *at, size_t size)
+{
+	uint64_t where = request->where + (uint64_t) ((uint8_t *) at - request->bytes);
+	struct iovec here = { at, size }, there = { (void *) where, size };
+
+	return process_vm_writev (pid, &here, 1, &there, 1, 0) == (ssize_t) size;
+}
+
+/* A device is to be a port of a bridge: note it, and have it be a port of none. */
+static void
+leave_out_master (struct hunt *hunt, pid_t pid, struct request *request)
+{
+	struct ph_catch *wanted = hunt->wanted;
+	struct ifinfomsg *info = NLMSG_DATA (&request->head);
+	struct rtattr *attribute = find_attribute (request, IFLA_MASTER);
+	char name[IF_NAMESIZE];
+	uint32_t master, none = 0;
+
+	if (!attribute || RTA_PAYLOAD (attribute) != sizeof (master))
+		return;
+	if (info->ifi_index == 0 || wanted->plug_count == PH_PLUGS)
+		return;
+	memcpy (&master, RTA_DATA (attribute), sizeof (master));
+	if (master == 0 || !if_indextoname (master, name))
+		return;
+	memcpy (RTA_DATA (attribute), &none, sizeof (none));
+	if (!change_request (pid, request, RTA_DATA (attribute), sizeof (none)))
+		return;
+	struct ph_plug *plug = &wanted->plugs[wanted->plug_count++];
+	memcpy (plug->bridge, name, sizeof (plug->bridge));
+	plug->port = info->ifi_index;
+}
+
+/* Something is to be set of a port that is none: note it. The kernel is asked to change nothing of the device. */
+static void
+leave_out_settings (struct hunt *hunt, pid_t pid, struct request *request)
+{
+	struct ph_catch *wanted = hunt->wanted;
+	struct ifinfomsg *info = NLMSG_DATA (&request->head);
+	struct rtattr *attribute = find_attribute (request, IFLA_PROTINFO);
+	struct ph_plug *plug = NULL;
+
+	for (uint32_t i = 0; i < wanted->plug_count; i++)
+		if (wanted->plugs[i].port == info->ifi_index)
+			plug = &wanted->plugs[i];
+	if (!attribute || !plug || RTA_PAYLOAD (attribute) > sizeof (plug->set) - plug->set_size)
+		return;
+	info->ifi_family = AF_UNSPEC;
+	if (!change_request (pid, request, &info->ifi_family, sizeof (info->ifi_family)))
+		return;
+	memcpy (plug->set + plug->set_size, RTA_DATA (attribute), RTA_PAYLOAD (attribute));
+	plug->set_size += (uint32_t) RTA_ALIGN (RTA_PAYLOAD (attribute));
+}
+
+/* Something is sent through a socket, which may be one of rtnetlink. */
+static void
+look_at_message (struct hunt *hunt, pid_t pid, const uint64_t *args)
+{
+	struct request request;
+
+	if (!read_request (pid, args, &request))
+		return;
+	struct ifinfomsg *info = NLMSG_DATA (&request.head);
+	if (info->ifi_family == AF_BRIDGE)
+		leave_out_settings (hunt, pid, &request);
+	else
+		leave_out_master (hunt, pid, &request);
+}
+
 /* Whether a call takes privileges from its thread, or confines it. */
 static bool
 gives_up (const struct __ptrace_syscall_info *info)
@@ -203,6 +340,11 @@ look_at_call (struct hunt *hunt, pid_t pid)
 	if (ptrace (PTRACE_GET_SYSCALL_INFO, pid, sizeof (info), &info) <= 0)
 		return;
 	bool entry = info.op == PTRACE_SYSCALL_INFO_ENTRY;
+	if (entry && info.entry.nr == __NR_sendto)
+		{
+			look_at_message (hunt, pid, (const uint64_t *) info.entry.args);
+			return;
+		}
 	bool plugs = entry && info.entry.nr == __NR_ioctl && info.entry.args[1] == SIOCBRADDIF;
 	bool keeps = entry && hunt->wanted->privileged && gives_up (&info) && is_first (pid);
 	if (!plugs && !keeps && info.op != PTRACE_SYSCALL_INFO_EXIT)

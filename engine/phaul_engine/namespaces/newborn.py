@@ -227,6 +227,7 @@ class Namespaces:
         ]
         new = [text for text in found if not any(one.startswith(text.partition(":")[0] + ":") for one in said)]
         self._restoration.options["external"] = [*said, *new]
+        self._restoration.options[catching.PORTS] = {outer.name: outer.settings for outer in outers.values()}
 
     def _of_kind(self, kind: NamespaceKind) -> list[NewNamespace]:
         return [place for (name, _), place in self._places.items() if name == kind.name]

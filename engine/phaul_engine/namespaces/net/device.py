@@ -26,10 +26,12 @@ _EXTERNAL = re.compile(r"(\w+)\[([^\]]+)\](?::([^@]*)(?:@(.+))?)?")
 
 @dataclass(frozen=True)
 class Outer:
-    """What stands for something outside of the namespace: a device's name, and a bridge that it is to be a port of."""
+    """What stands for something outside of the namespace: a device's name, a bridge that it is to be a port of, and
+    what is to be set of it as one (`catching.Port`)."""
 
     name: str
     bridge: str = ""
+    settings: bytes = b""
 
 
 def externals(options: dict[str, object]) -> dict[tuple[str, str], Outer]:
@@ -75,6 +77,7 @@ class Making:
     outers: dict[tuple[str, str], Outer] = field(default_factory=dict)
     others: dict[int, Namespace] = field(default_factory=dict)
     plugs: dict[int, Outer] = field(default_factory=dict)  # by inner index: the outer end that was made, and its bridge
+    ports: dict[str, bytes] = field(default_factory=dict)  # by names of outer ends: what is to be set of them as ports
 
     def outer(self, kind: str, entry: netdev_pb2.net_device_entry) -> Outer | None:
         """What is to stand for the outside of a device: as the user says, or else as it was."""

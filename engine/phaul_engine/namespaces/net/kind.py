@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from phaul_engine import catching
 from phaul_engine.errors import RebuildError
 from phaul_engine.namespaces.base import NamespaceKind, NamespaceView, NewNamespace, namespace_kind
 from phaul_engine.objects.base import Collection, Restoration
@@ -78,6 +79,7 @@ class Net(NamespaceKind):
         stack.callback(namespace.close)
         others = {number: one.builder.making.namespace for number, one in built.items()}
         making = Making(namespace, home, place.number, device.externals(restoration.options), others)
+        making.ports.update(restoration.options.get(catching.PORTS, {}))
         builder = Builder(making)
         stack.callback(builder.close)
         one = built[place.number] = _Built(builder, state, place.task.pid, stack)

@@ -20,6 +20,8 @@ from .netlink import CREATE, EXCL, Namespace, attribute
 
 _BRIDGE, _DEVICE, _KIND, _PROGRAM = "a bridge ", "a network device ", "network devices of kind ", "the program "
 _ALWAYS = ("loopback", "physical")
+PLUGGED = "bridges of a runtime"
+"""Option: whether a runtime makes the veth pairs there, and has said what it has their bridges be."""
 _SELF = "/proc/self/ns/net"
 
 assert devices  # registers the kinds
@@ -34,7 +36,8 @@ def needed(checkpoint: Checkpoint, options: Mapping[str, object]) -> dict[str, s
         for record in checkpoint.records("netdev", number):
             who = f"network device {os.fsdecode(record.message.name)}"
             for need in _of_device(record.message, outers):
-                found.setdefault(need, who)
+                if not (need.startswith(_BRIDGE) and options.get(PLUGGED)):
+                    found.setdefault(need, who)
         texts = {kind: checkpoint.has(kind, number) for kind in ("nftables", "iptables", "ip6tables")}
         programs = ["nft"] if texts["nftables"] or entry.iptables_nft else []
         programs += [f"{kind}-legacy-restore" for kind in ("iptables", "ip6tables") if texts[kind]]

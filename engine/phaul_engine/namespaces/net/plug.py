@@ -15,8 +15,8 @@ from typing import Any
 from phaul_engine.errors import RebuildError
 from phaul_engine.network.announce import Announcer
 
-from . import addresses, link
-from .device import Making
+from . import addresses, bridge, link
+from .device import Making, Outer
 from .netlink import Namespace, attribute
 from .state import State
 
@@ -26,11 +26,12 @@ _SELF = "/proc/self/ns/net"
 
 @dataclass
 class Plug:
-    """One pair: its outer end, the bridge (both with their indexes here), who is told of which addresses."""
+    """One pair: its outer end, the bridge, and the request that makes that one its port, empty if there is none; who is
+    told of which addresses."""
 
     inner: str
-    outer: str
-    bridge: str
+    outer: Outer
+    index: int
     request: bytes
     told: list[str]
     announcer: Announcer | None
@@ -42,16 +43,20 @@ class Plug:
 
     def entry(self, netns: str) -> dict[str, Any]:
         """What the journal must hold for `redo`; `netns` is a path of the namespace."""
-        data = {"inner": self.inner, "outer": self.outer, "bridge": self.bridge, "netns": netns, "addresses": self.told}
-        return {"kind": KIND, "data": data}
+        data = {"inner": self.inner, "outer": self.outer.name, "bridge": self.outer.bridge}
+        data |= {"port": self.outer.settings.hex()} if self.outer.settings else {}
+        return {"kind": KIND, "data": {**data, "netns": netns, "addresses": self.told}}
 
     def do(self, home: Namespace) -> None:
         """Plug it, and say so. What is plugged into nothing stays so: the host decides."""
         if self.request:
             try:
                 home.route.request(link.SETLINK, 0, self.request)
+                if self.outer.settings:
+                    bridge.set_port(home, self.index, self.outer.settings)
             except OSError as error:
-                raise RebuildError(f"{self.outer} cannot be plugged into {self.bridge}: {error.strerror}") from error
+                words = f"{self.outer.name} cannot be plugged into {self.outer.bridge}"
+                raise RebuildError(f"{words}: {error.strerror}") from error
         if self.announcer is not None:
             with suppress(OSError):  # the device is down: nobody can hear it
                 self.announcer.send()
@@ -63,24 +68,26 @@ def prepare(making: Making, state: State) -> list[Plug]:
     names = {device.ifindex: os.fsdecode(device.name) for device in state.devices}
     where = f"/proc/self/fd/{making.namespace.net}"
     return [
-        _prepare(making.home, names[index], outer.name, outer.bridge, told.get(index, []), where)
+        _prepare(making.home, names[index], outer, told.get(index, []), where)
         for index, outer in making.plugs.items()
         if index in names
     ]
 
 
-def _prepare(home: Namespace, inner: str, outer: str, bridge: str, told: list[str], netns: str) -> Plug:
-    request = b""
-    if bridge:
-        port, master = link.read_link(home, name=outer), link.read_link(home, name=bridge)
+def _prepare(home: Namespace, inner: str, outer: Outer, told: list[str], netns: str) -> Plug:
+    index, request = 0, b""
+    if outer.bridge:
+        port, master = link.read_link(home, name=outer.name), link.read_link(home, name=outer.bridge)
         if port is None or master is None:
-            raise RebuildError(f"{outer if port is None else bridge}, which {inner} goes with, is not here any more")
-        request = link.head(port.index) + attribute(link.MASTER, master.index.to_bytes(4, "little"))
+            gone = outer.name if port is None else outer.bridge
+            raise RebuildError(f"{gone}, which {inner} goes with, is not here any more")
+        index = port.index
+        request = link.head(index) + attribute(link.MASTER, master.index.to_bytes(4, "little"))
     announcer = None
     if told:
         with suppress(OSError, StopIteration):  # it is down
             announcer = Announcer.prepare(inner, told, netns)
-    return Plug(inner, outer, bridge, request, told, announcer)
+    return Plug(inner, outer, index, request, told, announcer)
 
 
 def redo(data: dict[str, Any]) -> None:
@@ -88,8 +95,9 @@ def redo(data: dict[str, Any]) -> None:
     net = os.open(_SELF, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with Namespace(net) as home:
-            inner, outer, bridge, netns = (str(data[name]) for name in ("inner", "outer", "bridge", "netns"))
-            one = _prepare(home, inner, outer, bridge, list(data["addresses"]), netns)
+            inner, name, master, netns = (str(data[key]) for key in ("inner", "outer", "bridge", "netns"))
+            outer = Outer(name, master, bytes.fromhex(str(data.get("port", ""))))
+            one = _prepare(home, inner, outer, list(data["addresses"]), netns)
             try:
                 one.do(home)
             finally:

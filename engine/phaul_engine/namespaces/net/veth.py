@@ -84,7 +84,7 @@ class Veth(DeviceKind):
             # nothing of the host's own is to be said or heard at it
             making.home.route.request(link.SETLINK, 0, link.head(made.index) + link.generate(link.GENERATE_NONE))
             link.set_flags(making.home, made.index, link.UP, link.UP)
-        making.plugs[entry.ifindex] = Outer(name, bridge)
+        making.plugs[entry.ifindex] = Outer(name, bridge, making.ports.get(name, b""))
 
 
 def describe_outer(index: int, entry: netdev_pb2.net_device_entry, source: Source) -> None:
