@@ -1,6 +1,8 @@
 """Task kinds without a task: the assembler's short forms, the order of rebuilding, and when programs are used again."""
 
 import struct
+import subprocess
+import sys
 
 import pytest
 from phaul_engine.images.checkpoint import Checkpoint
@@ -95,3 +97,15 @@ def test_it_is_when_only_passing_state_has() -> None:
     passing.tc.timers.real.vsec = 4
     passing.tc.sigactions.add(sigaction=1, flags=0, restorer=0, mask=0)
     assert tasks.fingerprint(passing, 7, restoration()) == tasks.fingerprint(core(), 7, restoration())
+
+
+@pytest.mark.parametrize("module", ["skeleton", "collect", "landing"])
+def test_filters_are_installed_before_the_credentials_go(module: str) -> None:
+    """Whatever is imported first: who has no privileges any more can install none (seccomp(2), EACCES)."""
+    code = f"""
+import phaul_engine.{module}
+from phaul_engine.objects import base, tasks
+print(*(type(kind).__name__ for kind in base.task_kinds()))
+"""
+    kinds = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert kinds.index("Seccomp") < kinds.index("Credentials") < kinds.index("LandlockDomain")
