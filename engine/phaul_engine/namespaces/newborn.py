@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 from phaul_engine import catching
 from phaul_engine.errors import ImageError, RebuildError
-from phaul_engine.objects import places
+from phaul_engine.objects import credentials, places
 from phaul_engine.objects.base import Restoration, SkeletonTask
 from phaul_engine.proc.id_map import read_id_map
 from phaul_engine.proc.status import read_status
@@ -126,8 +126,6 @@ class Namespaces:
 
     def descend(self, task: SkeletonTask, table: Table, run: Runner) -> None:
         """Have a task that `descends`, and has everything but threads, do it."""
-        from phaul_engine.objects import credentials  # here: importing it registers it (`objects.tasks`)
-
         checkpoint = self._restoration.checkpoint
         now, wanted = self._users.get(task.inner_pid, 0), self._user_of(task.inner_pid)
         (theirs,) = table.receive(run, [self._below.descriptor(wanted)])

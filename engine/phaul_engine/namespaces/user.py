@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.pb import userns_pb2
+from phaul_engine.objects import credentials
 from phaul_engine.objects.base import Collection, Restoration
 from phaul_engine.proc import access
 from phaul_engine.proc.id_map import inside, read_id_map
@@ -58,8 +59,6 @@ class User(NamespaceKind):
 
 def _collect_below(view: NamespaceView, entry: userns_pb2.userns_entry, collection: Collection) -> None:
     """What is to be known of one that is not the first process's."""
-    from phaul_engine.objects import credentials  # here: importing it registers it (`objects.tasks`)
-
     users, groups = (read_id_map(view.lord.proc, name) for name in ("uid_map", "gid_map"))
     for extents, numbers in ((entry.uid_map, users), (entry.gid_map, groups)):
         for extent in extents:

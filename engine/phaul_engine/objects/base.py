@@ -19,7 +19,7 @@ import enum
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -411,9 +411,14 @@ def descriptor_kind(kind: type[DescriptorKind]) -> type[DescriptorKind]:
 
 
 def task_kind(kind: type[TaskKind]) -> type[TaskKind]:
-    """Class decorator: register a part of task state. The order of registration is the order of rebuilding."""
+    """Class decorator: register a part of task state."""
     _task_kinds.append(kind())
     return kind
+
+
+def arrange_task_kinds(modules: Sequence[str]) -> None:
+    """Have the parts of task state, all in these modules, be rebuilt in this order, whichever was imported first."""
+    _task_kinds.sort(key=lambda kind: modules.index(type(kind).__module__))
 
 
 def descriptor_kinds() -> Iterator[DescriptorKind]:

@@ -1,6 +1,6 @@
 """Every kind of kernel object the engine knows: importing this module registers them all.
 
-The order of task kinds, in which they are rebuilt (see `Phase`), is that of `tasks`.
+The order in which task kinds are rebuilt (see `Phase`) stands in `tasks`.
 """
 
 from __future__ import annotations

@@ -4,33 +4,41 @@ from __future__ import annotations
 
 from phaul_engine.images.pb import core_pb2
 
-from . import last_words
+from . import (
+    base,
+    cgroup_set,
+    credentials,
+    file_locks,
+    landlock,
+    last_words,
+    limits,
+    process_attributes,
+    scheduling,
+    seccomp,
+    signals,
+    thread_attributes,
+    timers,
+    tty,
+)
 from .base import Restoration
 
-from phaul_engine.objects import signals  # isort: skip
-from phaul_engine.objects import timers  # isort: skip
-from phaul_engine.objects import scheduling  # isort: skip
-from phaul_engine.objects import limits  # isort: skip
-from phaul_engine.objects import seccomp  # isort: skip
-from phaul_engine.objects import credentials  # isort: skip
-from phaul_engine.objects import process_attributes  # isort: skip
-from phaul_engine.objects import thread_attributes  # isort: skip
-from phaul_engine.objects import landlock  # isort: skip
-from phaul_engine.objects import cgroup_set  # isort: skip
+__all__ = ["fingerprint"]
 
-__all__ = (
-    "cgroup_set",
-    "credentials",
-    "fingerprint",
-    "landlock",
-    "limits",
-    "process_attributes",
-    "scheduling",
-    "seccomp",
-    "signals",
-    "thread_attributes",
-    "timers",
+_ORDER = (
+    tty,
+    file_locks,
+    signals,
+    timers,
+    scheduling,
+    limits,
+    seccomp,  # needs privileges that
+    credentials,  # may take away
+    process_attributes,
+    thread_attributes,
+    landlock,
+    cgroup_set,
 )
+base.arrange_task_kinds([module.__name__ for module in _ORDER])
 
 _PASSING = ("blk_sigset", "signals_p", "interrupted", "remaining_ns", "sas")
 _PASSING_OF_PROCESS = ("blk_sigset", "signals_s", "timers", "sigactions", "task_state", "stop_signo", "flags")
