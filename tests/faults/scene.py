@@ -190,12 +190,16 @@ def hung(host: Host) -> int | None:
     return None
 
 
-def wait_hung(host: Host) -> int:
-    """Wait for that; its PID."""
-    wait_until(lambda: hung(host) is not None, f"an agent on host {host.name} hangs", 150.0)
+def wait_hung(host: Host, process: Process | None = None) -> int:
+    """Wait for that; its PID. AssertionError with the answer of `process`, a `phaul migrate`, if that ends before."""
+    wait_until(lambda: hung(host) is not None or _has_ended(process), f"an agent on host {host.name} hangs", 150.0)
     pid = hung(host)
-    assert pid is not None
+    assert pid is not None, f"nothing hangs: {process and Scene.answer(process)}"
     return pid
+
+
+def _has_ended(process: Process | None) -> bool:
+    return process is not None and process.poll() is not None
 
 
 def cut(host: Host, other: Host, *, ssh: bool) -> None:

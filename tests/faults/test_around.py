@@ -21,7 +21,7 @@ def test_it_can_be_called_off_at_any_step(hosts: Hosts, point: str) -> None:
     scene = Scene.begin(hosts)
     scene.arm(Role.DESTINATION, point, "hang")
     process = scene.start()
-    pid = wait_hung(hosts.b)
+    pid = wait_hung(hosts.b, process)
     process.send_signal(signal.SIGINT)
     migration = scene.answer(process)
     assert migration.outcome == "cancelled", f"{migration}\n{scene.told()}"
@@ -36,7 +36,7 @@ def test_the_terminal_may_go(hosts: Hosts, number: signal.Signals) -> None:
     scene = Scene.begin(hosts)
     scene.arm(Role.DESTINATION, "after work BUILD", "hang")
     process = scene.start()
-    pid = wait_hung(hosts.b)
+    pid = wait_hung(hosts.b, process)
     process.send_signal(number)
     assert process.wait(10) == -number
     hosts.b.kill(pid, signal.SIGCONT)
@@ -49,7 +49,7 @@ def test_sshd_may_die(hosts: Hosts) -> None:
     scene = Scene.begin(hosts)
     scene.arm(Role.DESTINATION, "after work BUILD", "hang")
     process = scene.start()
-    pid = wait_hung(hosts.b)
+    pid = wait_hung(hosts.b, process)
     for other in hosts.b.processes():
         words = hosts.b.path(f"/proc/{other}/cmdline").read_bytes()
         if b"sshd" in words and b"listener" not in words:
@@ -83,7 +83,7 @@ def test_the_disk_fills_up_on_the_way(hosts: Hosts, role: Role) -> None:
     host.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "none", STATE])
     scene.arm(Role.DESTINATION, "after work BUILD", "hang")
     process = scene.start()
-    pid = wait_hung(hosts.b)
+    pid = wait_hung(hosts.b, process)
     host.run(["dd", "if=/dev/zero", f"of={STATE}/full", "bs=64k"], check=False)
     hosts.b.kill(pid, signal.SIGCONT)
     migration = scene.answer(process)
@@ -98,7 +98,7 @@ def test_through_a_tunnel_that_is_gone(hosts: Hosts) -> None:
     scene = Scene.begin(hosts)
     scene.arm(Role.DESTINATION, "before row PARKED-RESUMED", "hang")
     process = scene.start(["--tunnel"])
-    pid = wait_hung(hosts.b)
+    pid = wait_hung(hosts.b, process)
     process.kill()
     hosts.b.kill(pid, signal.SIGCONT)
     wait_until(lambda: not list(hosts.a.path("/run/phaul").glob("*.sock")), "the source has given up", 60.0)

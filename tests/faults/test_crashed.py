@@ -104,7 +104,7 @@ def crash_at(hosts: Hosts, role: Role, point: str, crashed: Host) -> None:
     scene = Scene.begin(hosts)
     scene.arm(role, point, "hang")
     process = scene.start()
-    agent = wait_hung(scene.host(role))
+    agent = wait_hung(scene.host(role), process)
     scene.disarm()
     crashed.crash()
     if scene.host(role) is not crashed:

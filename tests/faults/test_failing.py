@@ -40,7 +40,7 @@ def test_an_agent_that_wakes_up_late_leaves_one_copy(hosts: Hosts, role: Role, p
     scene = Scene.begin(hosts)
     scene.arm(role, point, "hang")
     process = scene.start()
-    pid = wait_hung(scene.host(role))
+    pid = wait_hung(scene.host(role), process)
     time.sleep(PATIENCE)
     scene.host(role).kill(pid, signal.SIGCONT)
     scene.agrees(scene.answer(process))

@@ -40,7 +40,7 @@ def test_what_nobody_works_on_is_finished(hosts: Hosts, role: Role, point: str, 
     scene = Scene.begin(hosts)
     scene.arm(role, point, "hang")
     process = scene.start()
-    wait_hung(scene.host(role))
+    wait_hung(scene.host(role), process)
     process.kill()
     for host in (scene.host(role), hosts.other(scene.host(role))):
         kill_agents(host)

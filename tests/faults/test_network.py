@@ -30,7 +30,7 @@ def test_ssh_may_go_when_the_agents_have_met(hosts: Hosts) -> None:
     scene = Scene.begin(hosts)
     scene.arm(Role.DESTINATION, "after work BUILD", "hang")
     process = scene.start()
-    pid = wait_hung(hosts.b)
+    pid = wait_hung(hosts.b, process)
     cut(hosts.a, hosts.b, ssh=True)
     hosts.b.kill(pid, signal.SIGCONT)
     migration = scene.answer(process)
@@ -52,7 +52,7 @@ def test_packets_that_vanish(hosts: Hosts, point: str, seconds: float) -> None:
     scene = Scene.begin(hosts)
     scene.arm(Role.DESTINATION, point, "hang")
     process = scene.start()
-    pid = wait_hung(hosts.b)
+    pid = wait_hung(hosts.b, process)
     for host, other in ((hosts.a, hosts.b), (hosts.b, hosts.a)):
         rule(host, f"ip saddr {host.address} ip daddr {other.address} drop")
     hosts.b.kill(pid, signal.SIGCONT)
@@ -76,7 +76,7 @@ def test_one_connection_of_several(hosts: Hosts, how: str) -> None:
     scene = Scene.begin(hosts)
     scene.arm(Role.DESTINATION, "after send PREPARED", "hang")
     process = scene.start(["--streams", "4", *SLOWLY])
-    pid = wait_hung(hosts.b)
+    pid = wait_hung(hosts.b, process)
     port = one_of_several(hosts)
     if how == "cut":
         hosts.a.run(["ss", "--kill", "--tcp", "state", "established", "sport", "=", f":{port}"])
@@ -110,7 +110,7 @@ def test_what_carries_everything(hosts: Hosts, how: str) -> None:
     scene = Scene.begin(hosts)
     scene.arm(Role.DESTINATION, "after send PREPARED", "hang")
     process = scene.start(["--tunnel", *SLOWLY])
-    pid = wait_hung(hosts.b)
+    pid = wait_hung(hosts.b, process)
     to_ssh = f"ip daddr {hosts.b.address} tcp dport 22"
     rule(hosts.a, f"{to_ssh} ip length > 1200 @th,4800,8 set 0x5a" if how == "corrupted" else f"{to_ssh} drop")
     hosts.b.kill(pid, signal.SIGCONT)

@@ -30,7 +30,7 @@ def kill_at(hosts: Hosts, role: Role, point: str) -> tuple[Scene, Migration]:
     scene = Scene.begin(hosts)
     scene.arm(role, point, "hang")
     process = scene.start()
-    pid = wait_hung(scene.host(role))
+    pid = wait_hung(scene.host(role), process)
     if hosts.a.alive(scene.server.pid):
         hosts.a.kill(scene.server.pid, signal.SIGKILL)
     scene.host(role).kill(pid, signal.SIGCONT)
