@@ -391,7 +391,7 @@ class Births:
         first process says so: nobody else takes any there."""
         if self.init is None and not self.namespaces.numbered:
             return aiming.Aim(self._arena, parent.seats[parent.node.pid].slot, inner_pid)
-        root = self.tasks[self._restoration.checkpoint.records("pstree")[0].message.pid]
+        root = self.tasks[self.namespaces.root]
         fd = aiming.open_last()
         try:
             (theirs,) = root.table.receive(lambda program: self.run(root, program), [fd])

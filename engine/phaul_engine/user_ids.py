@@ -63,12 +63,6 @@ def _extents(entries: Iterable[userns_pb2.uid_gid_extent]) -> IdMap:
     return tuple((one.first, one.lower_first, one.count) for one in entries)
 
 
-def is_below(checkpoint: Checkpoint, number: int) -> bool:
-    """Whether a number is that of a user namespace below the tree's own."""
-    entry = _entry(checkpoint, number)
-    return entry is not None and entry.HasField("phaul_parent")
-
-
 def below(checkpoint: Checkpoint) -> dict[int, userns_pb2.userns_entry]:
     """The user namespaces below the tree's own, by number."""
     found = {ident: checkpoint.one(_IMAGE, ident) for ident in checkpoint.idents(_IMAGE)}

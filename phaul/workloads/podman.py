@@ -126,7 +126,7 @@ class Podman(Workload):
         note(notes)
         try:
             podman_networks.pin(_started(name))
-            podman_networks.check(facts, _started(name))
+            podman_networks.check(facts, _started(name))  # asked anew: before, podman may not find its addresses
         except (OSError, PhaulError):
             catching.kill(tracer, caught)
             raise

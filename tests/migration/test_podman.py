@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,18 +20,26 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 
-_plugins = pytest.mark.skipif(not Path("/usr/lib/cni/bridge").exists(), reason="no containernetworking-plugins")
+_plugins = pytest.mark.skipif(
+    not Path("/usr/lib/cni/bridge").exists(), reason="no containernetworking-plugins: run .ci/packages"
+)
+
+
+@contextmanager
+def _running(one: Container) -> Iterator[Container]:
+    """It was created on both hosts and runs on a."""
+    one.set_up()
+    one.create()
+    one.start(one.hosts.a)
+    yield one
+    one.tear_down()
 
 
 @pytest.fixture
 def container(hosts: Hosts) -> Iterator[Container]:
     """One that was created on both hosts and runs on a."""
-    one = Container(hosts)
-    one.set_up()
-    one.create()
-    one.start(hosts.a)
-    yield one
-    one.tear_down()
+    with _running(Container(hosts)) as one:
+        yield one
 
 
 def test_it_moves_there_and_back_with_what_it_has_written(hosts: Hosts, container: Container) -> None:
@@ -73,11 +82,8 @@ def test_what_keeps_it_from_moving(hosts: Hosts, container: Container) -> None:
 
 
 def test_a_migration_that_is_undone_leaves_it_as_it_was(hosts: Hosts, container: Container) -> None:
-    fault = hosts.b.path("/var/lib/phaul/fault")
-    fault.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fault.write_text("destination before send READY: error\n")
-    migration = container.move(hosts.a, "--ship", "missing")
-    fault.unlink()
+    with fault(hosts.b, "destination before send READY: error"):
+        migration = container.move(hosts.a, "--ship", "missing")
     assert migration.outcome == "stayed", str(migration)
     assert (container.state(hosts.a), container.state(hosts.b)) == ("running", "exited")
     container.goes_on(hosts.a)
@@ -87,28 +93,20 @@ def test_a_migration_that_is_undone_leaves_it_as_it_was(hosts: Hosts, container:
 
 def test_one_that_writes_to_a_volume_only(hosts: Hosts) -> None:
     """Nothing is sent: both hosts see the volume, and what it has in memory file systems comes along."""
-    one = Container(hosts, ["--user", "4242", "--security-opt", "no-new-privileges"], volume=True)
-    one.set_up()
-    one.create()
-    one.start(hosts.a)
-    one.inside(hosts.a, "sh", "-c", "for i in tmp dev/shm; do echo memory > /$i/file; done")
-    migration = one.move(hosts.a)
-    assert migration.outcome == "migrated", str(migration)
-    one.goes_on(hosts.b)
-    assert one.inside(hosts.b, "cat", "/tmp/file", "/dev/shm/file").split() == ["memory"] * 2
-    assert one.inside(hosts.b, "id", "-u") == "4242"
-    one.tear_down()
+    with _running(Container(hosts, ["--user", "4242", "--security-opt", "no-new-privileges"], volume=True)) as one:
+        one.inside(hosts.a, "sh", "-c", "for i in tmp dev/shm; do echo memory > /$i/file; done")
+        migration = one.move(hosts.a)
+        assert migration.outcome == "migrated", str(migration)
+        one.goes_on(hosts.b)
+        assert one.inside(hosts.b, "cat", "/tmp/file", "/dev/shm/file").split() == ["memory"] * 2
+        assert one.inside(hosts.b, "id", "-u") == "4242"
 
 
 @pytest.fixture
 def plugged(hosts: Hosts, bridges: None) -> Iterator[Container]:
     """One on a network whose bridge is on the hosts' own network."""
-    one = Container(hosts, ["--ip", ADDRESS, "--mac-address", MAC], network=LAN)
-    one.set_up()
-    one.create()
-    one.start(hosts.a)
-    yield one
-    one.tear_down()
+    with _running(Container(hosts, ["--ip", ADDRESS, "--mac-address", MAC], network=LAN)) as one:
+        yield one
 
 
 @_plugins
@@ -175,12 +173,8 @@ def test_one_on_podmans_own_network(hosts: Hosts) -> None:
 @pytest.fixture
 def published(hosts: Hosts) -> Iterator[Container]:
     """One on podman's own network, with a published port."""
-    one = Container(hosts, ["--publish", f"{PORT}:7777"], volume=True, network="podman")
-    one.set_up()
-    one.create()
-    one.start(hosts.a)
-    yield one
-    one.tear_down()
+    with _running(Container(hosts, ["--publish", f"{PORT}:7777"], volume=True, network="podman")) as one:
+        yield one
 
 
 @_plugins

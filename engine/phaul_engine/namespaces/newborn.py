@@ -54,6 +54,11 @@ class Namespaces:
         """Whether tasks have other numbers in their own pid namespace than here."""
         return any(name == "pid" for name, _ in self._places)
 
+    @property
+    def root(self) -> int:
+        """The number of the tree's first process."""
+        return int(self._restoration.checkpoint.records("pstree")[0].message.pid)
+
     def of_task(self, pid: int) -> dict[str, int]:
         """The namespaces of the tree's own that a task is born into: numbers by kind. Clocks are seen to elsewhere,
         and a task goes into a user namespace below the tree's when it stands (`descend`)."""
@@ -64,11 +69,10 @@ class Namespaces:
             if name != "time" and number != self._host.get(name, number)
         }
         if self._below.contains(found.get("user", 0)):
-            root = self._restoration.checkpoint.records("pstree")[0].message.pid
-            if pid == root:
+            if pid == self.root:
                 raise ImageError("the first process of the images is in a user namespace below its own")
             del found["user"]
-            found |= {name: number for name, number in self.of_task(root).items() if name == "user"}
+            found |= {name: number for name, number in self.of_task(self.root).items() if name == "user"}
         return found
 
     def flags(self, pid: int) -> int:
@@ -151,8 +155,7 @@ class Namespaces:
         return not self._users.get(pid)
 
     def _user_of_tree(self) -> int | None:
-        root = self._restoration.checkpoint.records("pstree")[0].message.pid
-        place = self._places.get(("user", self.of_task(root).get("user", 0)))
+        place = self._places.get(("user", self.of_task(self.root).get("user", 0)))
         return place.descriptor if place else None
 
     def enter(self, task: SkeletonTask, parent: int, table: Table, run: Runner) -> None:

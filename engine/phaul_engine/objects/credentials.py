@@ -91,7 +91,7 @@ class Credentials(TaskKind):
         creds = core.thread_core.creds
         creds.CopyFrom(_entry(*(results.bytes(room) for room in asked)))
         if results.answer(asked.group_count) < 0:
-            creds.groups.extend(_thread_status(thread).groups)
+            creds.groups.extend(_thread_status(thread.owner, thread.tid).groups)
 
     def finish(self, collection: Collection) -> None:
         """What is noted of threads in user namespaces below the tree's."""
@@ -241,9 +241,8 @@ def _bits(answers: bytes) -> int:
     return sum(1 << number for number, answer in enumerate(found) if answer == 1)
 
 
-def _thread_status(thread: ThreadView) -> Status:
-
-    directory = open_thread(thread.owner.proc, thread.tid)
+def _thread_status(owner: Owner, tid: int) -> Status:
+    directory = open_thread(owner.proc, tid)
     try:
         return read_status(directory)
     finally:
@@ -277,8 +276,7 @@ def _refuse_what_is_lacking(creds: creds_pb2.creds_entry, present: Capabilities,
 def _set_ids(creds: creds_pb2.creds_entry, present: Status, program: Program) -> None:
     if tuple(creds.groups) != present.groups:  # a user namespace may forbid setgroups
         _order_groups(creds.groups, program)
-    program.order(NR.setresgid, creds.gid, creds.egid, creds.sgid)
-    program.order(NR.setfsgid, creds.fsgid)
+    _order_ids(NR.setresgid, NR.setfsgid, (creds.gid, creds.egid, creds.sgid, creds.fsgid), program)
     program.order(NR.setresuid, creds.uid, creds.euid, creds.suid)
     program.order(NR.setfsuid, _NOBODY if creds.fsuid != _NOBODY else 0)  # a change for certain: see Dumpable
     program.order(NR.setfsuid, creds.fsuid)
@@ -289,11 +287,7 @@ def note_outer(owner: Owner, collection: Collection) -> None:
     notes: dict[int, Status] = collection.scratch.setdefault(_OUTER, {})
     for tid in threads(owner.proc):
         with contextlib.suppress(GoneError):
-            directory = open_thread(owner.proc, tid)
-            try:
-                status = read_status(directory)
-            finally:
-                os.close(directory)
+            status = _thread_status(owner, tid)
             if not status.state.startswith("Z"):
                 notes[status.inner_pid] = status
 
