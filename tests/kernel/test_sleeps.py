@@ -9,11 +9,15 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from phaul_engine import sleep_log, target
 from phaul_engine.collect import Collector
+from phaul_engine.gadgets import find_gadgets
 from phaul_engine.proc.waiting import Waiting
+from phaul_engine.program import Program
+from phaul_engine.registers import general
 from phaul_engine.sleep_log import SleepLog
 from phaul_engine.syscalls import NR
 from phaul_engine.target import Tracer, stop_tree
@@ -191,6 +195,43 @@ def test_sleepers_that_somebody_else_has_stopped(tmp_path: Path) -> None:
     """It cannot be seen any more which call it was, but where the thread sleeps."""
     with subject(tmp_path, _STOPPED_BY_SOMEBODY) as made:
         made.carry()
+
+
+def _die_inside(root: int) -> NoReturn:
+    """In a process of its own: stop a tree twice, which makes sleeps go on as restart_syscall(2), and be killed while
+    programs of ours wait in all threads of its root."""
+    with Tracer() as tracer:
+        for _ in range(2):
+            with stop_tree(tracer, root, timeout_ms=1000) as tree:
+                tree.read_states()
+        with stop_tree(tracer, root, timeout_ms=1000) as tree:
+            tree.read_states()
+            process = tree.processes[root]
+            calls = [thread.state.regs[general("orig_ax")] for thread in process.threads]
+            assert NR.restart_syscall in calls
+            areas, program = process.areas(), Program()
+            program.ask(NR.gettid)
+            with tree.interpreter(process, find_gadgets(root, areas), areas) as interpreter:
+                interpreter.run(dict.fromkeys((thread.tid for thread in process.threads), program))
+                os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
+def test_sleepers_whose_tracer_dies_while_it_is_inside(tmp_path: Path) -> None:
+    """None is told that it was interrupted, and none ends early; those whose calls are made again end late."""
+    late = _SLEEPERS.replace("T, SLOW = 6, 0.8", "T, SLOW = 4, 6")
+    assert late != _SLEEPERS
+    with subject(tmp_path, late) as made:
+        made.wait_for("ready")
+        tracing = os.fork()
+        if tracing == 0:
+            try:
+                _die_inside(made.root)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(tracing, 0)[1]) == -signal.SIGKILL
+        os.kill(made.root, signal.SIGUSR1)
+        made.wait_for("passed", 20)
 
 
 def test_what_is_over_is_not_kept(tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ ph_build_frame (const struct ph_thread_state *state, uint64_t address, uint64_t 
 			case ERESTARTNOINTR:
 			case ERESTARTNOHAND:
 			case ERESTART_RESTARTBLOCK:
-				/* a return from a signal clears restart_block: make the call again */
-				regs.rax = regs.orig_rax;
+				/* a return from a signal clears restart_block: make the call again, as the program did */
+				regs.rax = state->call ? state->call : regs.orig_rax;
 				regs.rip -= 2;
 			}
 	*frame = (struct frame){
