@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import socket
@@ -30,8 +31,8 @@ def channel_pair(hello: StreamHello) -> tuple[Channel, Channel]:
     near, far = socket.socketpair()
     with ThreadPoolExecutor(1) as pool:
         client = ours.context(server=False, pin=theirs.fingerprint)
-        connecting = pool.submit(Channel.connect, client, near.detach(), hello, TIMEOUT)
         server = theirs.context(server=True, pin=ours.fingerprint)
+        connecting = pool.submit(Channel.connect, client, near.detach(), hello, TIMEOUT)
         accepted, said = Channel.accept(server, far.detach(), TIMEOUT)
         assert said == hello
         accepted.admit(True, TIMEOUT)
@@ -48,16 +49,20 @@ def page_pair(
 ) -> tuple[PageSource, PageSink]:
     """A source and a sink, connected by that many streams."""
     pairs = [channel_pair(StreamHello(MIGRATION, Role.PAGES, number, streams)) for number in range(streams)]
-    source = PageSource([near for near, _ in pairs], codec=codec, checksum=checksum, level=level)
-    return source, PageSink([far for _, far in pairs])
+    with contextlib.ExitStack() as stack:
+        source = PageSource([near for near, _ in pairs], codec=codec, checksum=checksum, level=level)
+        stack.callback(source.close)
+        sink = PageSink([far for _, far in pairs])
+        stack.pop_all()
+    return source, sink
 
 
-def run_round(source: PageSource, sink: PageSink, number: int) -> None:
+def run_round(source: PageSource, sink: PageSink, number: int, timeout: float = TIMEOUT) -> None:
     """End a round, let it be applied, and wait for both sides."""
     sink.allow(number)
     source.end(number)
-    source.wait(number, TIMEOUT)
-    sink.wait(number, TIMEOUT)
+    source.wait(number, timeout)
+    sink.wait(number, timeout)
 
 
 def descriptors() -> int:

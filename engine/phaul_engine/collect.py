@@ -225,6 +225,7 @@ class Collector:
         tree.read_states()
         judge_threads(tree.threads)
         with contextlib.ExitStack() as stack, contextlib.ExitStack() as passing:
+            passing.enter_context(collection.passing)
             members = self._meet(tree, stack, survey=survey)
             living = [member for member in members if not member.process.zombie]
             sysv_shm.collect(self._areas(living), collection)

@@ -46,6 +46,7 @@ knows (const struct hunt *hunt, pid_t pid)
 	return false;
 }
 
+/* A process that is traced now. If it cannot be noted, it is killed. */
 static int
 add (struct hunt *hunt, pid_t pid, struct ph_error *err)
 {
@@ -56,7 +57,10 @@ add (struct hunt *hunt, pid_t pid, struct ph_error *err)
 			size_t room = hunt->room ? 2 * hunt->room : 64;
 			pid_t *more = realloc (hunt->others, room * sizeof (*more));
 			if (!more)
-				return ph_fail (err, ENOMEM, "follow another process");
+				{
+					kill (pid, SIGKILL);
+					return ph_fail (err, ENOMEM, "follow another process");
+				}
 			hunt->others = more;
 			hunt->room = room;
 		}

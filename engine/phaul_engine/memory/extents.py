@@ -6,6 +6,7 @@ import enum
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Self
 
+from phaul_engine.errors import EngineError
 from phaul_engine.native import check, ffi, lib, new_error
 
 PAGE_SIZE: int = lib.PH_PAGE_SIZE
@@ -33,7 +34,10 @@ class Extents:
     """A list of extents. Iterating copies them one by one: for tests and small lists."""
 
     def __init__(self, extents: Iterable[Extent] = ()) -> None:
-        self.handle: Any = ffi.gc(lib.ph_extents_new(), lib.ph_extents_free)
+        handle = lib.ph_extents_new()
+        if not handle:
+            raise EngineError("there is no memory for a list of pages")
+        self.handle: Any = ffi.gc(handle, lib.ph_extents_free)
         for extent in extents:
             self.add(*extent)
 

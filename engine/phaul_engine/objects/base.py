@@ -98,7 +98,7 @@ class Collection:
 
     `keep` keeps a descriptor of ours from pass to pass, as long as each pass asks for it: (a key, how to open it). It
     must be one that the program does not notice. `undo` notes what has to be undone when the engine is through with
-    the tree, wherever that runs then.
+    the tree, wherever that runs then. What `passing` holds is closed when the pass has looked at everything.
     """
 
     checkpoint: Checkpoint
@@ -110,6 +110,7 @@ class Collection:
     inner_pids: dict[int, int] = field(default_factory=dict)
     scratch: dict[str, Any] = field(default_factory=dict)  # a kind's own notes, under its name
     memory: dict[str, Any] = field(default_factory=dict)  # the same, kept from pass to pass of one migration
+    passing: ExitStack = field(default_factory=ExitStack)
     register: Callable[[int, Owner, str], int] = field(default=_no_pass)
     keep: Callable[[object, Callable[[], int]], int] = field(default=_no_pass)
     undo: Callable[[Callable[[], None]], None] = field(default=_no_pass)

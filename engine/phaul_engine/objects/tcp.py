@@ -433,7 +433,7 @@ def _signs(descriptor: Descriptor, sock: socket.socket, isk: sk_inet_pb2.inet_sk
     net = os.fstat(descriptor.owner.net).st_ino
     asking: dict[int, DiagSocket] = collection.scratch.setdefault("tcp diag", {})
     if net not in asking:
-        asking[net] = DiagSocket(descriptor.owner.net)
+        asking[net] = collection.passing.enter_context(DiagSocket(descriptor.owner.net))
     ends = (isk.src_addr, isk.src_port), (isk.dst_addr, isk.dst_port)
     source, destination = ((struct.pack(f"<{len(words)}I", *words), port) for words, port in ends)
     return asking[net].signs(isk.family, source, destination)

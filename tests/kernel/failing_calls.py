@@ -1,0 +1,446 @@
+"""What the native library does when a call of its own fails: each system call and each allocation, one at a time.
+
+    LD_PRELOAD=<tests/subjects/failing.c> python -m tests.kernel.failing_calls SCENARIO DIRECTORY few|all
+
+A scenario is run once to see which calls the library makes, and from where. Then a process is forked for each of them,
+in which it fails: the first, some between and the last from each place; with "few", the first from every third place.
+What it does must end, well or with an EngineError; must leave no descriptor and nothing that it made; and the scenario
+looks whether its program is well. Prints a line of JSON: how many failed, and what was wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from phaul_engine import _native
+from phaul_engine.catching import catch, kill
+from phaul_engine.collect import Collector
+from phaul_engine.dump import dump, open_store, pre_dump
+from phaul_engine.errors import BlockedError, EngineError
+from phaul_engine.images.checkpoint import Checkpoint
+from phaul_engine.images.directory import ImageDirectory
+from phaul_engine.memory.extents import PAGE_SIZE, Extents, Place
+from phaul_engine.memory.source import Codec
+from phaul_engine.network import lock
+from phaul_engine.restore import restore
+from phaul_engine.target import Tracer, stop_tree
+
+from tests.kernel.skeletons import adopting, reap
+from tests.page_streams import identities, page_pair, run_round
+
+_LIBRARY = str(_native.__file__)
+_SITES = 4096
+_FEW = 3  # of so many places one is tried in a selection
+_OPTIONS = {"tcp": "established"}
+_SECONDS = 30.0  # for one run, which takes a fraction of one
+_REFUSED, _WRONG = 10, 11  # exit statuses of a run that ended with an EngineError, or was not as it should be
+
+# Two threads and a child, each with connections that must go on; a line to the file at each turn.
+_PROGRAM = """
+import os, socket, sys, threading, time
+out = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+def pair():
+    server = socket.create_server(("127.0.0.1", 0))
+    return socket.create_connection(server.getsockname()), server.accept()[0]
+def turn(who, near, far, inside):
+    step, memory = 0, bytearray(1 << 20)
+    while True:
+        step += 1
+        memory[step % 256 << 12] = step % 256
+        near.send(b"%08d" % step)
+        inside[0].send(b"%08d" % step)
+        said = far.recv(8), inside[1].recv(8)
+        assert said == (b"%08d" % step,) * 2, said
+        os.write(out, b"%s %d\\n" % (who, step))
+        time.sleep(0.01)
+far_end, near_end = pair()
+near_end.send(b"it waits in a queue")
+child = os.fork()
+if child:
+    threading.Thread(target=turn, args=(b"thread", *pair(), socket.socketpair())).start()
+turn(b"main" if child else b"child", *pair(), socket.socketpair())
+"""
+
+
+class Site(NamedTuple):
+    """Where the library makes a call, and how often it did."""
+
+    address: int
+    calls: int
+    name: str
+
+
+class _Counted(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_uint64), ("count", ctypes.c_uint64), ("name", ctypes.c_char_p))
+
+
+class Preloaded:
+    """What tests/subjects/failing.c offers."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(None)
+        self._library.failing_sites.restype = ctypes.POINTER(_Counted)
+
+    def watch(self) -> None:
+        """From here on the native library's calls are counted."""
+        first, end = _code_of(_LIBRARY)
+        self._library.failing_watch(ctypes.c_uint64(first), ctypes.c_uint64(end))
+
+    def rest(self) -> None:
+        """No longer."""
+        self._library.failing_watch(ctypes.c_uint64(0), ctypes.c_uint64(0))
+
+    def arm(self, site: Site, hit: int) -> None:
+        """Which call is to fail."""
+        self._library.failing_arm(ctypes.c_uint64(site.address), ctypes.c_uint64(hit), 0)
+
+    def sites(self) -> list[Site]:
+        """What was counted."""
+        counted = self._library.failing_sites()
+        found = []
+        for index in range(_SITES):
+            one = counted[index]
+            if not one.address:
+                break
+            found.append(Site(one.address, one.count, one.name.decode()))
+        return found
+
+
+def _code_of(path: str) -> tuple[int, int]:
+    """The addresses of the code of a library that is loaded."""
+    with open("/proc/self/maps") as file:
+        for line in file:
+            words = line.split()
+            if words[-1] == path and "x" in words[1]:
+                first, _, end = words[0].partition("-")
+                return int(first, 16), int(end, 16)
+    raise FileNotFoundError(path)
+
+
+class Scenario(Protocol):
+    """Something that the native library is used for. `run` is what calls fail in; `check` is called after each run,
+    and raises AssertionError if something was lost, or is left."""
+
+    directory: Path
+
+    def run(self) -> None: ...
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Running:
+    """A program that must not take notice."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.out = directory / "out"
+        command = [sys.executable, "-c", _PROGRAM, str(self.out)]
+        with (directory / "errors").open("wb") as errors:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, start_new_session=True
+            )
+        self.check()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def check(self) -> None:
+        """All three of its turns go on."""
+        at = self.out.stat().st_size if self.out.exists() else 0
+        deadline = time.monotonic() + 10
+        while True:
+            assert self.process.poll() is None, f"the program has ended with {self.process.returncode}"
+            said = self.out.read_bytes()[at:].split(b"\n") if self.out.exists() else []
+            if {line.split()[0] for line in said[2:] if b" " in line} == {b"main", b"thread", b"child"}:
+                return
+            assert time.monotonic() < deadline, f"of the program only these go on: {said}"
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Look(_Running):
+    """Stop a tree and collect it, twice."""
+
+    def run(self) -> None:
+        with Tracer() as tracer, Collector() as collector:
+            for _ in range(2):
+                with stop_tree(tracer, self.pid, timeout_ms=1000) as tree:
+                    tree.step_aside()
+                    survey = collector.collect(tree, survey=True)
+                if survey.blockers:
+                    raise BlockedError(survey.blockers)
+
+
+class Dump(_Running):
+    """A round of pre-dump, and a dump of what differs that leaves the program running."""
+
+    def run(self) -> None:
+        with Tracer() as tracer, contextlib.ExitStack() as stack:
+            first = self.directory / f"first-{os.getpid()}"
+            last = self.directory / f"last-{os.getpid()}"
+            for path, store in ((first, pre_dump), (last, dump)):
+                path.mkdir()
+                if path == last:
+                    (last / "parent").symlink_to(Path("..") / first.name)
+                directory = stack.enter_context(ImageDirectory(path))
+                more: dict[str, Any] = {"leave_running": True} if store is dump else {}
+                store(tracer, self.pid, directory, open_store(directory, stack), options=_OPTIONS, **more)
+
+
+class Restore(_Running):
+    """Make a program again of its images."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.images = directory / "images"
+        self.images.mkdir()
+        with Tracer() as tracer, contextlib.ExitStack() as stack:
+            images = stack.enter_context(ImageDirectory(self.images))
+            dump(tracer, self.pid, images, open_store(images, stack), options=_OPTIONS)
+        self.process.wait()
+        self.said = self.out.read_bytes()
+        self.check()
+
+    def run(self) -> None:
+        with Tracer() as tracer, ImageDirectory(self.images) as images, adopting():
+            restore(tracer, images, options=_OPTIONS)
+            os.killpg(self.pid, signal.SIGKILL)
+            reap([self.pid])
+
+    def check(self) -> None:
+        """Nothing of it is left, and what it has written since does not stand in the way of the next run."""
+        if self.process.returncode is None:
+            super().check()
+            return
+        deadline = time.monotonic() + 5
+        while _members(self.pid):
+            assert time.monotonic() < deadline, f"left of what was made: {_members(self.pid)}"
+            time.sleep(0.005)
+        self.out.write_bytes(self.said)
+
+    def close(self) -> None:
+        """Its packets are held since the dump, unless a restore has let them go."""
+        with ImageDirectory(self.images) as images:
+            lock.lift(Checkpoint.load(images, pagemaps=False))
+
+
+class Stream:
+    """Two rounds of pages through two streams, compressed and compared."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        identities()
+
+    def run(self) -> None:
+        size = 4 << 20
+        with contextlib.ExitStack() as stack:
+            near, far = os.memfd_create("near"), os.memfd_create("far")
+            stack.callback(os.close, near)
+            stack.callback(os.close, far)
+            os.pwrite(near, os.urandom(size // 4) + bytes(size // 4) + b"compress" * (size // 16), 0)
+            os.ftruncate(far, size)
+            source, sink = page_pair(2, Codec.ZSTD)
+            stack.callback(sink.close)
+            stack.callback(source.close)
+            source.add(1, Place(0, near), hashed=True)
+            sink.add(1, Place(0, far))
+            for number in range(2):
+                os.pwrite(near, b"changed", number * PAGE_SIZE)
+                source.send(1, Extents.whole(0, size // 2), compare=True)
+                source.send(1, Extents.whole(size // 2, size))
+                run_round(source, sink, number, 2.0)
+            assert os.pread(near, size, 0) == os.pread(far, size, 0)
+
+    def check(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Catch:
+    """The first process of a container is caught, and killed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def run(self) -> None:
+        with Tracer() as tracer:
+            kill(tracer, catch(tracer, ["sh", "-c", "unshare --fork --pid sleep 7654 | cat &"], 2.0))
+
+    def check(self) -> None:
+        """No `sleep` is left."""
+        deadline = time.monotonic() + 5
+        while left := [pid for pid in _all_pids() if b"7654" in _words_of(pid)]:
+            assert time.monotonic() < deadline, f"left: {left}"
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        pass
+
+
+def _all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _words_of(pid: int) -> list[bytes]:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return []
+
+
+def _members(session: int) -> list[int]:
+    found = []
+    for pid in _all_pids():
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            if int(words[3]) == session or pid == session:
+                found.append(pid)
+    return found
+
+
+def _in_a_process(work: Callable[[], int]) -> tuple[int, str]:
+    """Exit status (negative: a signal) and last words of work in a process of its own."""
+    here, there = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(there, 2)
+        os.close(here)
+        os.close(there)
+        sys.exit(work())
+    os.close(there)
+    deadline, said = time.monotonic() + _SECONDS, b""
+    with os.fdopen(here, "rb", buffering=0) as words:
+        while time.monotonic() < deadline:
+            if select.select([words], [], [], 0.2)[0]:
+                chunk = words.read(65536)
+                said += chunk
+                if not chunk:
+                    break
+        else:
+            os.kill(pid, signal.SIGKILL)
+            said += b"it does not end"
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said.decode(errors="replace")[-2000:]
+
+
+def _descriptors() -> dict[str, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found[name] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+def _attempt(scenario: Scenario, preloaded: Preloaded) -> int:
+    """Run it once; what it leaves open is wrong."""
+    before, status = _descriptors(), 0
+    try:
+        preloaded.watch()
+        scenario.run()
+    except EngineError as problem:
+        print("refused:", problem, file=sys.stderr)
+        status = _REFUSED
+    except BaseException:
+        traceback.print_exc()
+        status = _WRONG
+    finally:
+        preloaded.rest()
+    left = {name: path for name, path in _descriptors().items() if name not in before}
+    if left:
+        print("left open:", left, file=sys.stderr)
+        status = _WRONG
+    return status
+
+
+def _sites(scenario: Scenario, preloaded: Preloaded) -> list[Site]:
+    """Where the library makes calls when all is well."""
+    told = scenario.directory / "sites"
+
+    def work() -> int:
+        status = _attempt(scenario, preloaded)
+        told.write_text(json.dumps(preloaded.sites()))
+        return status
+
+    status, said = _in_a_process(work)
+    assert status == 0, (status, said)
+    scenario.check()
+    return [Site(*one) for one in json.loads(told.read_text())]
+
+
+def _hits(calls: int) -> list[int]:
+    """Which of so many calls are tried: the first, the last, and some between."""
+    return sorted({1, calls, *(hit for hit in (2, 5, 11, 23, 47, 95) if hit < calls)})
+
+
+def try_all(scenario: Scenario, *, every: bool) -> dict[str, Any]:
+    """All calls, one at a time."""
+    preloaded, wrong, ends = Preloaded(), [], {"well": 0, "refused": 0}
+    for number, site in enumerate(_sites(scenario, preloaded)):
+        for hit in _hits(site.calls) if every else [1] if number % _FEW == 0 else []:
+
+            def work(site: Site = site, hit: int = hit) -> int:
+                preloaded.arm(site, hit)
+                return _attempt(scenario, preloaded)
+
+            status, said = _in_a_process(work)
+            where = f"{site.name} from {_line(site)}, number {hit} of {site.calls}"
+            if status in (0, _REFUSED):
+                ends["well" if status == 0 else "refused"] += 1
+            else:
+                wrong.append(f"{where}: status {status}: {said}")
+            try:
+                scenario.check()
+            except AssertionError as problem:
+                return ends | {"wrong": [*wrong, f"{where}: {problem}"]}
+    return ends | {"wrong": wrong}
+
+
+def _line(site: Site) -> str:
+    first = min(
+        int(line.split("-")[0], 16) for line in Path("/proc/self/maps").read_text().splitlines() if _LIBRARY in line
+    )
+    command = ["addr2line", "-f", "-s", "-e", _LIBRARY, hex(site.address - 1 - first)]
+    return " ".join(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
+
+
+SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
+    "look": Look,
+    "dump": Dump,
+    "restore": Restore,
+    "stream": Stream,
+    "catch": Catch,
+}
+
+
+def main() -> None:
+    """See the module's text."""
+    name, directory, extent = sys.argv[1:]
+    os.environ.pop("LD_PRELOAD")
+    scenario, we = SCENARIOS[name](Path(directory)), os.getpid()
+    try:
+        print(json.dumps(try_all(scenario, every=extent == "all")))
+    finally:
+        if os.getpid() == we:  # not in what was forked
+            scenario.close()
+
+
+if __name__ == "__main__":
+    main()
