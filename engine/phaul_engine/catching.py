@@ -87,10 +87,11 @@ def _port(plug: Any) -> Port:
 
 
 def kill(tracer: Tracer, caught: Caught) -> None:
-    """It is not to be the root of anything."""
+    """It is not to be the root of anything. It may be dead already, of a try to make it one."""
     for fd in caught.pipes.values():
         os.close(fd)
-    os.kill(caught.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(caught.pid, signal.SIGKILL)
     reap(tracer, [caught.pid])
 
 

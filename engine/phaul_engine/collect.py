@@ -513,10 +513,13 @@ def _make_uffd(interpreter: Any, member: Member) -> int:
         NR.userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK | _UFFD_USER_MODE_ONLY, label="userfaultfd for tracking"
     )
     fd = interpreter.run({tid: ask})[tid].value(made)
-    uffd = calls.pidfd_getfd(member.pidfd, fd)
-    drop = Program()
-    drop.call(NR.close, fd)
-    interpreter.run({tid: drop})
+    with contextlib.ExitStack() as stack:
+        uffd = calls.pidfd_getfd(member.pidfd, fd)
+        stack.callback(os.close, uffd)
+        drop = Program()
+        drop.call(NR.close, fd)
+        interpreter.run({tid: drop})
+        stack.pop_all()
     return uffd
 
 

@@ -15,6 +15,7 @@ import ctypes
 import json
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -31,9 +32,16 @@ from phaul_engine.dump import dump, open_store, pre_dump
 from phaul_engine.errors import BlockedError, EngineError
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.directory import ImageDirectory
+from phaul_engine.memory import guards
+from phaul_engine.memory.areas import Care, Mapping, care_of, open_shared
 from phaul_engine.memory.extents import PAGE_SIZE, Extents, Place
+from phaul_engine.memory.files import dump_pages
+from phaul_engine.memory.shared import SharedMemory
 from phaul_engine.memory.source import Codec
+from phaul_engine.memory.tracker import Tracker
 from phaul_engine.network import lock
+from phaul_engine.proc.access import open_process
+from phaul_engine.proc.maps import read_maps
 from phaul_engine.restore import restore
 from phaul_engine.target import Tracer, stop_tree
 
@@ -44,12 +52,14 @@ _LIBRARY = str(_native.__file__)
 _SITES = 4096
 _FEW = 3  # of so many places one is tried in a selection
 _OPTIONS = {"tcp": "established"}
+_LONG = "7654"  # seconds that what is caught would sleep
 _SECONDS = 30.0  # for one run, which takes a fraction of one
 _REFUSED, _WRONG = 10, 11  # exit statuses of a run that ended with an EngineError, or was not as it should be
 
 # Two threads and a child, each with connections that must go on; a line to the file at each turn.
 _PROGRAM = """
-import os, socket, sys, threading, time
+import mmap, os, socket, sys, threading, time
+shared = mmap.mmap(-1, 1 << 16)
 out = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 def pair():
     server = socket.create_server(("127.0.0.1", 0))
@@ -58,7 +68,7 @@ def turn(who, near, far, inside):
     step, memory = 0, bytearray(1 << 20)
     while True:
         step += 1
-        memory[step % 256 << 12] = step % 256
+        memory[step % 256 << 12] = shared[step % 16 << 12] = step % 256
         near.send(b"%08d" % step)
         inside[0].send(b"%08d" % step)
         said = far.recv(8), inside[1].recv(8)
@@ -145,14 +155,14 @@ class Scenario(Protocol):
 class _Running:
     """A program that must not take notice."""
 
+    around: tuple[str, ...] = ()  # what starts it
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.out = directory / "out"
-        command = [sys.executable, "-c", _PROGRAM, str(self.out)]
-        with (directory / "errors").open("wb") as errors:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, start_new_session=True
-            )
+        command = [*self.around, sys.executable, "-c", _PROGRAM, str(self.out)]
+        nothing = subprocess.DEVNULL
+        self.process = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
         self.check()
 
     @property
@@ -205,22 +215,56 @@ class Dump(_Running):
                 store(tracer, self.pid, directory, open_store(directory, stack), options=_OPTIONS, **more)
 
 
+class Follow(_Running):
+    """What changes in a program's memory, round by round, and its guard pages."""
+
+    def run(self) -> None:
+        with Tracer() as tracer, Collector() as collector, contextlib.ExitStack() as stack:
+            with stop_tree(tracer, self.pid, timeout_ms=1000) as tree:
+                collector.collect(tree, survey=True, track=True)
+            for pid, uffd in collector.uffds.items():
+                proc = open_process(pid)
+                stack.callback(os.close, proc)
+                self._follow(pid, proc, stack.enter_context(Tracker(proc, os.dup(uffd))), stack)
+
+    def _follow(self, pid: int, proc: int, tracker: Tracker, stack: contextlib.ExitStack) -> None:
+        mem, file = os.open(f"/proc/{pid}/mem", os.O_RDONLY), os.memfd_create("pages")
+        stack.callback(os.close, mem)
+        stack.callback(os.close, file)
+        shared: dict[int, SharedMemory] = {}
+        for number in range(3):
+            areas = read_maps(proc)
+            tracker.track(areas)
+            for area in areas:
+                if care_of(area) is Care.SHARED_MEMORY:
+                    if area.ino not in shared:
+                        fd = open_shared(proc, area)
+                        stack.callback(os.close, fd)
+                        shared[area.ino] = SharedMemory(fd)
+                    shared[area.ino].follow([(tracker, Mapping(area.start, area.size, area.offset))])
+            for extents in tracker.scan(clear=True, first=number == 0):
+                dump_pages(Place(pid, mem), extents, file)
+            for one in shared.values():
+                one.scan(clear=True, first=number == 0)
+            guards.of_process(proc, areas)
+
+
 class Restore(_Running):
     """Make a program again of its images."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self.images = directory / "images"
+        self.images, self.root = directory / "images", self._root()
         self.images.mkdir()
         with Tracer() as tracer, contextlib.ExitStack() as stack:
             images = stack.enter_context(ImageDirectory(self.images))
-            dump(tracer, self.pid, images, open_store(images, stack), options=_OPTIONS)
+            dump(tracer, self.root, images, open_store(images, stack), options=_OPTIONS)
         self.process.wait()
         self.said = self.out.read_bytes()
         self.check()
 
     def run(self) -> None:
-        with Tracer() as tracer, ImageDirectory(self.images) as images, adopting():
+        with Tracer() as tracer, ImageDirectory(self.images) as images:
             restore(tracer, images, options=_OPTIONS)
             os.killpg(self.pid, signal.SIGKILL)
             reap([self.pid])
@@ -231,8 +275,10 @@ class Restore(_Running):
             super().check()
             return
         deadline = time.monotonic() + 5
-        while _members(self.pid):
-            assert time.monotonic() < deadline, f"left of what was made: {_members(self.pid)}"
+        while left := self._left():
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-1, os.WNOHANG)
+            assert time.monotonic() < deadline, f"left of what was made: {left}"
             time.sleep(0.005)
         self.out.write_bytes(self.said)
 
@@ -240,6 +286,32 @@ class Restore(_Running):
         """Its packets are held since the dump, unless a restore has let them go."""
         with ImageDirectory(self.images) as images:
             lock.lift(Checkpoint.load(images, pagemaps=False))
+
+    def _root(self) -> int:
+        return self.pid
+
+    def _left(self) -> list[int]:
+        return _members(self.pid)
+
+
+class Container(Restore):
+    """The same in a pid namespace of its own, whose first process is another's, and caught."""
+
+    around = ("unshare", "--fork", "--pid", "setsid")
+
+    def run(self) -> None:
+        with Tracer() as tracer, ImageDirectory(self.images) as images:
+            caught = catch(tracer, ["sh", "-c", f"{shlex.join(self.around)} sleep {_LONG} &"], 2.0, privileged=True)
+            try:
+                restore(tracer, images, options=_OPTIONS | caught.options)
+            finally:
+                kill(tracer, caught)
+
+    def _root(self) -> int:
+        return int(Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text())
+
+    def _left(self) -> list[int]:
+        return _bearing(str(self.out)) + _bearing(_LONG)
 
 
 class Stream:
@@ -284,17 +356,22 @@ class Catch:
 
     def run(self) -> None:
         with Tracer() as tracer:
-            kill(tracer, catch(tracer, ["sh", "-c", "unshare --fork --pid sleep 7654 | cat &"], 2.0))
+            kill(tracer, catch(tracer, ["sh", "-c", f"unshare --fork --pid sleep {_LONG} | cat &"], 2.0))
 
     def check(self) -> None:
         """No `sleep` is left."""
         deadline = time.monotonic() + 5
-        while left := [pid for pid in _all_pids() if b"7654" in _words_of(pid)]:
+        while left := _bearing(_LONG):
             assert time.monotonic() < deadline, f"left: {left}"
             time.sleep(0.01)
 
     def close(self) -> None:
         pass
+
+
+def _bearing(word: str) -> list[int]:
+    """Processes with this word in their command line."""
+    return [pid for pid in _all_pids() if word.encode() in _words_of(pid)]
 
 
 def _all_pids() -> list[int]:
@@ -424,7 +501,9 @@ def _line(site: Site) -> str:
 SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
     "look": Look,
     "dump": Dump,
+    "follow": Follow,
     "restore": Restore,
+    "container": Container,
     "stream": Stream,
     "catch": Catch,
 }
@@ -436,7 +515,8 @@ def main() -> None:
     os.environ.pop("LD_PRELOAD")
     scenario, we = SCENARIOS[name](Path(directory)), os.getpid()
     try:
-        print(json.dumps(try_all(scenario, every=extent == "all")))
+        with adopting():
+            print(json.dumps(try_all(scenario, every=extent == "all")))
     finally:
         if os.getpid() == we:  # not in what was forked
             scenario.close()

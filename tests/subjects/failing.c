@@ -12,6 +12,7 @@
 
 extern int *__errno_location (void);
 extern void *dlsym (void *, const char *);
+extern void *dlopen (const char *, int);
 extern void *__libc_malloc (size_t);
 extern void *__libc_calloc (size_t, size_t);
 extern void *__libc_realloc (void *, size_t);
@@ -82,7 +83,7 @@ due (void *site, const char *name, int error)
 }
 
 /* asm-generic/errno-base.h and errno.h; some of these names are not on every system's list */
-enum { E_PERM = 1, E_NOENT = 2, E_SRCH = 3, E_IO = 5, E_CHILD = 10, E_AGAIN = 11, E_NOMEM = 12, E_MFILE = 24,
+enum { E_PERM = 1, E_NOENT = 2, E_SRCH = 3, E_INTR = 4, E_IO = 5, E_AGAIN = 11, E_NOMEM = 12, E_MFILE = 24,
        E_NOSPC = 28, E_NOBUFS = 105 };
 
 #define REAL(result, name, parameters) \
@@ -118,7 +119,7 @@ posix_memalign (void **memory, size_t alignment, size_t size)
 }
 
 FAILS (long, ptrace, (long a, long b, long c, long d), (a, b, c, d), -1, E_SRCH)
-FAILS (int, waitpid, (int pid, int *status, int options), (pid, status, options), -1, E_CHILD)
+FAILS (int, waitpid, (int pid, int *status, int options), (pid, status, options), -1, E_INTR)
 FAILS (long, syscall, (long nr, long a, long b, long c, long d, long e, long f), (nr, a, b, c, d, e, f), -1, E_PERM)
 FAILS (long, process_vm_readv, (long pid, void *a, long b, void *c, long d, long e), (pid, a, b, c, d, e), -1, E_SRCH)
 FAILS (long, process_vm_writev, (long pid, void *a, long b, void *c, long d, long e), (pid, a, b, c, d, e), -1, E_SRCH)
@@ -151,7 +152,42 @@ FAILS (int, getsockopt, (int fd, int level, int name, void *value, unsigned *siz
 FAILS (int, setsockopt, (int fd, int level, int name, const void *value, unsigned size), (fd, level, name, value, size), -1,
        E_NOBUFS)
 FAILS (long, sendmsg, (int fd, const void *message, int flags), (fd, message, flags), -1, E_NOBUFS)
+FAILS (char *, if_indextoname, (unsigned index, char *name), (index, name), 0, E_NOENT)
 FAILS (int, poll, (void *fds, unsigned long count, int timeout), (fds, count, timeout), -1, E_NOMEM)
+
+/* Of libraries that only the watched one has loaded, which dlsym does not find after us. */
+#define FAILS_OF(library, result, name, parameters, arguments, failed) \
+	PUBLIC result name parameters \
+	{ \
+		static result (*real) parameters; \
+		if (!real) \
+			real = (result (*) parameters) dlsym (dlopen (library, 5 /* RTLD_LAZY | RTLD_NOLOAD */), #name); \
+		return due (__builtin_return_address (0), #name, E_NOMEM) ? (result) failed : real arguments; \
+	}
+
+#define SSL_FAILS(result, name, parameters, arguments) \
+	FAILS_OF ("libssl.so.3", result, name, parameters, arguments, 0)
+#define CRYPTO_FAILS(result, name, parameters, arguments) \
+	FAILS_OF ("libcrypto.so.3", result, name, parameters, arguments, 0)
+
+SSL_FAILS (void *, SSL_CTX_new, (const void *method), (method))
+SSL_FAILS (void *, SSL_new, (void *context), (context))
+SSL_FAILS (int, SSL_CTX_use_certificate, (void *context, void *certificate), (context, certificate))
+SSL_FAILS (int, SSL_CTX_use_PrivateKey, (void *context, void *key), (context, key))
+SSL_FAILS (int, SSL_CTX_check_private_key, (const void *context), (context))
+SSL_FAILS (int, SSL_CTX_set_ciphersuites, (void *context, const char *names), (context, names))
+SSL_FAILS (long, SSL_CTX_ctrl, (void *context, int command, long number, void *pointer), (context, command, number, pointer))
+SSL_FAILS (int, SSL_set_fd, (void *ssl, int fd), (ssl, fd))
+CRYPTO_FAILS (void *, BIO_new_mem_buf, (const void *memory, int size), (memory, size))
+CRYPTO_FAILS (void *, PEM_read_bio_X509, (void *bio, void *place, void *ask, void *data), (bio, place, ask, data))
+CRYPTO_FAILS (void *, PEM_read_bio_PrivateKey, (void *bio, void *place, void *ask, void *data), (bio, place, ask, data))
+CRYPTO_FAILS (int, X509_digest, (const void *one, const void *kind, void *digest, void *size), (one, kind, digest, size))
+FAILS_OF ("libzstd.so.1", void *, ZSTD_createCCtx, (void), (), 0)
+FAILS_OF ("libzstd.so.1", void *, ZSTD_createDCtx, (void), (), 0)
+FAILS_OF ("libzstd.so.1", size_t, ZSTD_compressCCtx, (void *c, void *to, size_t room, const void *from, size_t size, int level),
+	  (c, to, room, from, size, level), -64l /* an error code of its own */)
+FAILS_OF ("libzstd.so.1", size_t, ZSTD_decompressDCtx, (void *d, void *to, size_t room, const void *from, size_t size),
+	  (d, to, room, from, size), -64l)
 
 PUBLIC int
 pthread_create (unsigned long *thread, const void *attributes, void *(*start) (void *), void *argument)

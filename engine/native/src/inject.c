@@ -287,6 +287,7 @@ inject_start (const struct ph_injection *injection, const struct ph_thread_state
 {
 	uint64_t address = injection->address + (uint64_t) index * PH_SLOT_SIZE;
 	struct user_regs_struct regs;
+	struct ph_error second;
 
 	memcpy (&regs, state->regs, sizeof (regs));
 	regs.rip = injection->code;
@@ -294,11 +295,12 @@ inject_start (const struct ph_injection *injection, const struct ph_thread_state
 	regs.rsp = address + PH_SLOT_SIZE - 64;
 	regs.orig_rax = ~0ull;
 	regs.rax = 0;
-	if (trace_set_regs (state->tid, &regs, err) < 0 || trace_set_mask (state->tid, ~0ull, err) < 0)
-		return -1;
-	if (ptrace (PTRACE_CONT, state->tid, 0, 0) < 0)
-		return ph_fail (err, errno, "start the interpreter of task %d", state->tid);
-	return 0;
+	int result = trace_set_regs (state->tid, &regs, err) < 0 ? -1 : trace_set_mask (state->tid, ~0ull, err);
+	if (result == 0 && ptrace (PTRACE_CONT, state->tid, 0, 0) < 0)
+		result = ph_fail (err, errno, "start the interpreter of task %d", state->tid);
+	if (result < 0)
+		put_back (state, &second); /* where it would go on is about to be unmapped */
+	return result;
 }
 
 struct enter_job {
@@ -308,27 +310,6 @@ struct enter_job {
 	size_t count;
 	int patience_ms;
 };
-
-static long
-enter (void *argument, struct ph_error *err)
-{
-	struct enter_job *job = argument;
-
-	for (size_t i = 0; i < job->count; i++)
-		if (inject_prepare (job->injection, job->states[i], job->slots[i], job->patience_ms, err) < 0
-		    || inject_start (job->injection, job->states[i], job->slots[i], err) < 0)
-			return -1;
-	return 0;
-}
-
-int
-ph_enter (struct ph_tracer *tracer, struct ph_injection *injection, const struct ph_thread_state *const *states,
-	  const int32_t *slots, size_t count, int patience_ms, struct ph_error *err)
-{
-	struct enter_job job = { injection, states, slots, count, patience_ms };
-
-	return (int) ph_tracer_call (tracer, enter, &job, err);
-}
 
 int
 inject_leave (const struct ph_thread_state *const *states, size_t count, struct ph_error *err)
@@ -345,6 +326,31 @@ inject_leave (const struct ph_thread_state *const *states, size_t count, struct 
 		    || put_back (states[i], result < 0 ? &second : err) < 0)
 			result = -1;
 	return result;
+}
+
+static long
+enter (void *argument, struct ph_error *err)
+{
+	struct enter_job *job = argument;
+	struct ph_error second;
+
+	for (size_t i = 0; i < job->count; i++)
+		if (inject_prepare (job->injection, job->states[i], job->slots[i], job->patience_ms, err) < 0
+		    || inject_start (job->injection, job->states[i], job->slots[i], err) < 0)
+			{
+				inject_leave (job->states, i, &second);
+				return -1;
+			}
+	return 0;
+}
+
+int
+ph_enter (struct ph_tracer *tracer, struct ph_injection *injection, const struct ph_thread_state *const *states,
+	  const int32_t *slots, size_t count, int patience_ms, struct ph_error *err)
+{
+	struct enter_job job = { injection, states, slots, count, patience_ms };
+
+	return (int) ph_tracer_call (tracer, enter, &job, err);
 }
 
 static long
