@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -84,16 +85,17 @@ class Pair:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
+def pair() -> Iterator[Pair]:
     init = subprocess.Popen(
         ["unshare", "--pid", "--fork", "--mount", "--mount-proc", "--kill-child", "sleep", "600"],
         start_new_session=True,
     )
-    with Hierarchy.find() as hierarchy:
+    short = tempfile.TemporaryDirectory(prefix="phaul-")  # the names of sockets have 108 bytes at most
+    with short as directory, Hierarchy.find() as hierarchy:
         cgroup = Hold.create(hierarchy, "/", f"phaul-test-{os.getpid()}")
         time.sleep(0.3)
         inner = int(Path(f"/proc/{init.pid}/task/{init.pid}/children").read_text().split()[0])
-        made = Pair(tmp_path, cgroup, init)
+        made = Pair(Path(directory), cgroup, init)
         made.init = subprocess.Popen(["true"])
         made.init.wait()
         made.init.pid = inner

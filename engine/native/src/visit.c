@@ -153,6 +153,23 @@ ask (const struct visit_job *job, const struct ph_thread_state **entered, size_t
 	return 0;
 }
 
+/* Whether one of the first `count` threads could not be taken out of a process's interpreter. It goes home by itself
+   when it is let go, so long as that is there. */
+static bool
+is_inside (const struct visit_job *job, size_t index, size_t count)
+{
+	const struct ph_injection *injection = &job->visits[index].injection;
+	struct user_regs_struct regs;
+	struct ph_error ignored;
+
+	for (size_t i = 0; i < count; i++)
+		if ((size_t) job->questions[i].visit == index
+		    && trace_get_regs (job->questions[i].state->tid, &regs, &ignored) == 0
+		    && regs.rip - injection->address < injection->size)
+			return true;
+	return false;
+}
+
 static long
 visit (void *argument, struct ph_error *err)
 {
@@ -179,6 +196,8 @@ visit (void *argument, struct ph_error *err)
 		{
 			struct inject_job one = injection_of (&job->visits[i]);
 
+			if (result < 0 && is_inside (job, i, count))
+				continue;
 			if (inject_cure (&one, result < 0 ? &second : err) < 0)
 				result = -1;
 		}
