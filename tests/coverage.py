@@ -87,7 +87,8 @@ def _measure(suites: list[str]) -> int:
     _CONFIG.write_text(_SETTINGS.format(state=_STATE, root=_ROOT, omit=", ".join(_LEFT_OUT)))
     with _counting(), _everywhere():
         command = [sys.executable, "-m", "pytest", "-q", "--timeout", "600", *suites]
-        status = subprocess.run(command, cwd=_ROOT, check=False).returncode
+        every = os.environ | {"PHAUL_FAILING_CALLS": "all"}
+        status = subprocess.run(command, cwd=_ROOT, env=every, check=False).returncode
         _report_native()
     return status
 

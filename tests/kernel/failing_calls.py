@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import select
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -47,9 +48,12 @@ from phaul_engine.target import Tracer, stop_tree
 
 from tests.kernel.skeletons import adopting, reap
 from tests.page_streams import identities, page_pair, run_round
+from tests.subjects.programs import build, parse_status, wait_until
 
 _LIBRARY = str(_native.__file__)
 _SITES = 4096
+_SLOW = ("poll", "read", "write", "pread64", "pwrite64", "waitpid", "syscall", "ioctl")  # what a signal may interrupt
+_MOVING = ("read", "write", "pread64", "pwrite64", "process_vm_readv", "process_vm_writev")
 _FEW = 3  # of so many places one is tried in a selection
 _OPTIONS = {"tcp": "established"}
 _LONG = "7654"  # seconds that what is caught would sleep
@@ -112,9 +116,9 @@ class Preloaded:
         """No longer."""
         self._library.failing_watch(ctypes.c_uint64(0), ctypes.c_uint64(0))
 
-    def arm(self, site: Site, hit: int) -> None:
-        """Which call is to fail."""
-        self._library.failing_arm(ctypes.c_uint64(site.address), ctypes.c_uint64(hit), 0)
+    def arm(self, site: Site, hit: int, error: int) -> None:
+        """Which call is to fail, and how: an errno, 0 for a likely one, -1 to move fewer bytes than it could."""
+        self._library.failing_arm(ctypes.c_uint64(site.address), ctypes.c_uint64(hit), error)
 
     def sites(self) -> list[Site]:
         """What was counted."""
@@ -197,6 +201,36 @@ class Look(_Running):
                     survey = collector.collect(tree, survey=True)
                 if survey.blockers:
                     raise BlockedError(survey.blockers)
+
+
+class Aside:
+    """Threads that read clocks get out of the vDSO."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.status = directory, directory / "status"
+        self.process = subprocess.Popen([build("clock_reader"), self.status], stdin=subprocess.DEVNULL)
+        wait_until(lambda: self.status.exists() and "calls=" in self.status.read_text(), "it begins")
+
+    def run(self) -> None:
+        with Tracer() as tracer:
+            for _ in range(8):
+                with stop_tree(tracer, self.process.pid, timeout_ms=1000) as tree:
+                    tree.step_aside()
+
+    def check(self) -> None:
+        """It goes on, and no clock was wrong."""
+        before = self._told()
+        wait_until(lambda: self._told() > before, "it reads clocks")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def _told(self) -> int:
+        while "wrong" not in (fields := parse_status(self.status.read_text())):
+            pass
+        assert not fields["error"].strip(), fields
+        return int(fields["calls"])
 
 
 class Dump(_Running):
@@ -388,7 +422,7 @@ def _members(session: int) -> list[int]:
     found = []
     for pid in _all_pids():
         with contextlib.suppress(OSError):
-            words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
             if int(words[3]) == session or pid == session:
                 found.append(pid)
     return found
@@ -462,23 +496,30 @@ def _sites(scenario: Scenario, preloaded: Preloaded) -> list[Site]:
     return [Site(*one) for one in json.loads(told.read_text())]
 
 
-def _hits(calls: int) -> list[int]:
-    """Which of so many calls are tried: the first, the last, and some between."""
-    return sorted({1, calls, *(hit for hit in (2, 5, 11, 23, 47, 95) if hit < calls)})
+def _failures(calls: int, name: str) -> Iterator[tuple[int, int]]:
+    """Which of so many calls from one place are tried, and how they fail."""
+    for hit in sorted({1, calls, *(hit for hit in (2, 5, 11, 23, 47, 95) if hit < calls)}):
+        yield hit, 0
+    for hit in sorted({1, calls}):
+        if name in _SLOW:
+            yield hit, errno.EINTR
+        if name in _MOVING:
+            yield hit, -1
 
 
 def try_all(scenario: Scenario, *, every: bool) -> dict[str, Any]:
     """All calls, one at a time."""
     preloaded, wrong, ends = Preloaded(), [], {"well": 0, "refused": 0}
     for number, site in enumerate(_sites(scenario, preloaded)):
-        for hit in _hits(site.calls) if every else [1] if number % _FEW == 0 else []:
+        some = [(1, 0)] if number % _FEW == 0 else []
+        for hit, error in _failures(site.calls, site.name) if every else some:
 
-            def work(site: Site = site, hit: int = hit) -> int:
-                preloaded.arm(site, hit)
+            def work(site: Site = site, hit: int = hit, error: int = error) -> int:
+                preloaded.arm(site, hit, error)
                 return _attempt(scenario, preloaded)
 
             status, said = _in_a_process(work)
-            where = f"{site.name} from {_line(site)}, number {hit} of {site.calls}"
+            where = f"{site.name} from {_line(site)}, number {hit} of {site.calls}, failing by {error}"
             if status in (0, _REFUSED):
                 ends["well" if status == 0 else "refused"] += 1
             else:
@@ -500,6 +541,7 @@ def _line(site: Site) -> str:
 
 SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
     "look": Look,
+    "aside": Aside,
     "dump": Dump,
     "follow": Follow,
     "restore": Restore,

@@ -2,7 +2,7 @@
  *
  * failing_watch (from, to): count the calls that code between these addresses makes, by the address they return to.
  * failing_arm (site, hit, error): the hit-th call (from 1) that returns to `site` is not made but fails; with `error`,
- * or with the one of this function if that is 0. failing_sites: what was counted. failing_done: whether it has failed.
+ * or with the one of this function if that is 0. With -1 it moves half as many bytes as it could. failing_sites: what was counted. failing_done: whether it has failed.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -56,7 +56,7 @@ failing_done (void)
 	return done;
 }
 
-/* Whether this call is the one; then errno is set. */
+/* Whether this call is the one; then errno is set. 2: it is to fall short. */
 static int
 due (void *site, const char *name, int error)
 {
@@ -77,9 +77,10 @@ due (void *site, const char *name, int error)
 			}
 	done |= found;
 	__atomic_clear (&busy, __ATOMIC_RELEASE);
-	if (found)
-		*__errno_location () = armed_error ? armed_error : error;
-	return found;
+	if (!found)
+		return 0;
+	*__errno_location () = armed_error > 0 ? armed_error : error;
+	return armed_error < 0 ? 2 : 1;
 }
 
 /* asm-generic/errno-base.h and errno.h; some of these names are not on every system's list */
@@ -96,6 +97,22 @@ enum { E_PERM = 1, E_NOENT = 2, E_SRCH = 3, E_INTR = 4, E_IO = 5, E_AGAIN = 11, 
 	{ \
 		REAL (result, name, parameters) \
 		return due (__builtin_return_address (0), #name, error) ? (result) failed : real arguments; \
+	}
+
+/* What moves bytes: as many as are half of what was asked for, or of what was moved. */
+#define HALVES(name, parameters, arguments, half, error) \
+	PUBLIC long name parameters \
+	{ \
+		REAL (long, name, parameters) \
+		switch (due (__builtin_return_address (0), #name, error)) \
+			{ \
+			case 0: \
+				return real arguments; \
+			case 1: \
+				return -1; \
+			default: \
+				return half; \
+			} \
 	}
 
 #define FAILS_TO(result, name, parameters, call, failed, error) \
@@ -121,8 +138,8 @@ posix_memalign (void **memory, size_t alignment, size_t size)
 FAILS (long, ptrace, (long a, long b, long c, long d), (a, b, c, d), -1, E_SRCH)
 FAILS (int, waitpid, (int pid, int *status, int options), (pid, status, options), -1, E_INTR)
 FAILS (long, syscall, (long nr, long a, long b, long c, long d, long e, long f), (nr, a, b, c, d, e, f), -1, E_PERM)
-FAILS (long, process_vm_readv, (long pid, void *a, long b, void *c, long d, long e), (pid, a, b, c, d, e), -1, E_SRCH)
-FAILS (long, process_vm_writev, (long pid, void *a, long b, void *c, long d, long e), (pid, a, b, c, d, e), -1, E_SRCH)
+HALVES (process_vm_readv, (long pid, void *a, long b, void *c, long d, long e), (pid, a, b, c, d, e), real (pid, a, b, c, d, e) / 2, E_SRCH)
+HALVES (process_vm_writev, (long pid, void *a, long b, void *c, long d, long e), (pid, a, b, c, d, e), real (pid, a, b, c, d, e) / 2, E_SRCH)
 FAILS (int, kill, (int pid, int number), (pid, number), -1, E_SRCH)
 FAILS (int, prctl, (int option, long a, long b, long c, long d), (option, a, b, c, d), -1, E_PERM)
 FAILS (int, open64, (const char *path, int flags, int mode), (path, flags, mode), -1, E_MFILE)
@@ -138,10 +155,12 @@ FAILS (int, memfd_create, (const char *name, unsigned flags), (name, flags), -1,
 FAILS (int, ioctl, (int fd, long request, long argument), (fd, request, argument), -1, E_IO)
 FAILS (void *, mmap64, (void *at, size_t size, int prot, int flags, int fd, long offset),
        (at, size, prot, flags, fd, offset), -1l, E_NOMEM)
-FAILS (long, read, (int fd, void *buffer, size_t size), (fd, buffer, size), -1, E_IO)
-FAILS (long, write, (int fd, const void *buffer, size_t size), (fd, buffer, size), -1, E_NOSPC)
-FAILS (long, pread64, (int fd, void *buffer, size_t size, long at), (fd, buffer, size, at), -1, E_IO)
-FAILS (long, pwrite64, (int fd, const void *buffer, size_t size, long at), (fd, buffer, size, at), -1, E_NOSPC)
+HALVES (read, (int fd, void *buffer, size_t size), (fd, buffer, size), real (fd, buffer, (size + 1) / 2), E_IO)
+HALVES (write, (int fd, const void *buffer, size_t size), (fd, buffer, size), real (fd, buffer, (size + 1) / 2), E_NOSPC)
+HALVES (pread64, (int fd, void *buffer, size_t size, long at), (fd, buffer, size, at),
+	real (fd, buffer, (size + 1) / 2, at), E_IO)
+HALVES (pwrite64, (int fd, const void *buffer, size_t size, long at), (fd, buffer, size, at),
+	real (fd, buffer, (size + 1) / 2, at), E_NOSPC)
 FAILS (long, lseek64, (int fd, long offset, int whence), (fd, offset, whence), -1, E_IO)
 FAILS (int, fallocate64, (int fd, int mode, long offset, long size), (fd, mode, offset, size), -1, E_NOSPC)
 FAILS (int, bind, (int fd, const void *address, unsigned size), (fd, address, size), -1, E_NOBUFS)

@@ -47,11 +47,9 @@ struct ph_hello {
 
 /* A context for many channels. `server` is 1 at the end that accepts. Certificate
    and key are PEM texts. The peer is accepted if the fingerprint of its certificate is `pin`
-   (PH_PIN_SIZE bytes) or, with pin NULL, if `ca` (PEM) signed it and, with host not
-   NULL, it is for that host. NULL on failure. Free it when no channel will be made
+   (PH_PIN_SIZE bytes). NULL on failure. Free it when no channel will be made
    any more; channels that exist keep what they need. */
-struct ph_tls *ph_tls_new (int server, const char *certificate, const char *key, const uint8_t *pin, const char *ca,
-			   const char *host, struct ph_error *err);
+struct ph_tls *ph_tls_new (int server, const char *certificate, const char *key, const uint8_t *pin, struct ph_error *err);
 void ph_tls_free (struct ph_tls *tls);
 
 /* Connect or accept over `fd`, which the channel owns from then on, also when this

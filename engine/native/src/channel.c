@@ -173,8 +173,6 @@ attach_ssl (struct ph_channel *channel, struct ph_tls *tls, struct ph_error *err
 		return 0;
 	}
 	SSL_set_connect_state (channel->ssl);
-	if (tls->host && (!SSL_set_tlsext_host_name (channel->ssl, tls->host) || !SSL_set1_host (channel->ssl, tls->host)))
-		return ph_tls_fail (err, "name the peer");
 	return 0;
 }
 

@@ -10,9 +10,7 @@
 struct ph_tls {
 	SSL_CTX *context;
 	int server;
-	int pinned;
 	uint8_t pin[PH_PIN_SIZE];
-	char *host;
 };
 
 /* All of it, before the deadline (ph_deadline), or -1. */

@@ -69,6 +69,8 @@ birth_argument (const struct ph_birth *birth, char *text, size_t size)
 		  birth->arena_address, birth->arena_size, birth->slot);
 }
 
+/* What a child runs before it becomes another program has nowhere to count. GCOVR_EXCL_START */
+
 /* A task that is not root in its user namespace would lose its capabilities in exec: be root, or keep them as ambient. */
 static void
 become_root (void)
@@ -116,6 +118,8 @@ child_main (const struct ph_birth *birth, int code, int image, int gate, char *c
 	syscall (__NR_execveat, FD_IMAGE, "", argv, environment, AT_EMPTY_PATH);
 	_exit (101);
 }
+
+/* GCOVR_EXCL_STOP */
 
 int
 birth_set_clocks (const struct ph_birth *birth, pid_t tid, struct ph_error *err)

@@ -82,16 +82,6 @@ use_identity (SSL_CTX *context, const char *certificate, const char *key)
 	return ok;
 }
 
-static int
-trust_authority (struct ph_tls *tls, const char *ca)
-{
-	X509 *authority = read_certificate (ca);
-	int ok = authority && X509_STORE_add_cert (SSL_CTX_get_cert_store (tls->context), authority) == 1;
-
-	X509_free (authority);
-	return ok;
-}
-
 static void
 set_options (SSL_CTX *context)
 {
@@ -109,13 +99,11 @@ ph_tls_free (struct ph_tls *tls)
 	if (!tls)
 		return;
 	SSL_CTX_free (tls->context);
-	free (tls->host);
 	free (tls);
 }
 
 static int
-set_up (struct ph_tls *tls, const char *certificate, const char *key, const uint8_t *pin, const char *ca,
-	struct ph_error *err)
+set_up (struct ph_tls *tls, const char *certificate, const char *key, struct ph_error *err)
 {
 	if (!tls->context || !SSL_CTX_set_min_proto_version (tls->context, TLS1_3_VERSION)
 	    || !SSL_CTX_set_max_proto_version (tls->context, TLS1_3_VERSION)
@@ -123,37 +111,26 @@ set_up (struct ph_tls *tls, const char *certificate, const char *key, const uint
 		return ph_tls_fail (err, "set up TLS 1.3");
 	set_options (tls->context);
 	SSL_CTX_set_verify (tls->context, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
+	SSL_CTX_set_cert_verify_callback (tls->context, check_pin, tls);
 	if (!use_identity (tls->context, certificate, key))
 		return ph_tls_fail (err, "use our certificate and key");
-	if (pin) {
-		tls->pinned = 1;
-		memcpy (tls->pin, pin, PH_PIN_SIZE);
-		SSL_CTX_set_cert_verify_callback (tls->context, check_pin, tls);
-		return 0;
-	}
-	return trust_authority (tls, ca) ? 0 : ph_tls_fail (err, "use the authority's certificate");
+	return 0;
 }
 
 struct ph_tls *
-ph_tls_new (int server, const char *certificate, const char *key, const uint8_t *pin, const char *ca, const char *host,
-	    struct ph_error *err)
+ph_tls_new (int server, const char *certificate, const char *key, const uint8_t *pin, struct ph_error *err)
 {
 	struct ph_tls *tls = calloc (1, sizeof (*tls));
 
-	if (!pin && !ca) {
-		ph_fail (err, EINVAL, "set up TLS without a way to know the peer");
-		free (tls);
-		return NULL;
-	}
-	if (!tls || (host && !(tls->host = strdup (host)))) {
+	if (!tls) {
 		ph_fail (err, ENOMEM, "set up TLS");
-		free (tls);
 		return NULL;
 	}
 	ERR_clear_error ();
 	tls->server = server;
+	memcpy (tls->pin, pin, PH_PIN_SIZE);
 	tls->context = SSL_CTX_new (server ? TLS_server_method () : TLS_client_method ());
-	if (set_up (tls, certificate, key, pin, ca, err) < 0) {
+	if (set_up (tls, certificate, key, err) < 0) {
 		ph_tls_free (tls);
 		return NULL;
 	}

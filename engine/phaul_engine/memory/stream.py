@@ -85,31 +85,13 @@ class StreamHello:
 
 
 class TlsContext:
-    """TLS 1.3 with our certificate and key (PEM). The peer is known by `pin`, the SHA-256 of its certificate in DER,
-    or by the authority `ca` that signed it and, for a connector, the host it is for."""
+    """TLS 1.3 with our certificate and key (PEM). The peer is known by `pin`, the SHA-256 of its certificate in DER."""
 
-    def __init__(
-        self,
-        certificate: str,
-        key: str,
-        *,
-        server: bool,
-        pin: bytes | None = None,
-        ca: str | None = None,
-        host: str | None = None,
-    ) -> None:
-        if pin is not None and len(pin) != lib.PH_PIN_SIZE:
+    def __init__(self, certificate: str, key: str, *, server: bool, pin: bytes) -> None:
+        if len(pin) != lib.PH_PIN_SIZE:
             raise ValueError(f"a fingerprint has {lib.PH_PIN_SIZE} bytes")
         err = new_error()
-        handle = lib.ph_tls_new(
-            server,
-            certificate.encode(),
-            key.encode(),
-            ffi.NULL if pin is None else pin,
-            ffi.NULL if ca is None else ca.encode(),
-            ffi.NULL if host is None else host.encode(),
-            err,
-        )
+        handle = lib.ph_tls_new(server, certificate.encode(), key.encode(), pin, err)
         if not handle:
             raise stream_failure(err)
         self.handle: Any = ffi.gc(handle, lib.ph_tls_free)
