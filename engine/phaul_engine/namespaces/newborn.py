@@ -152,7 +152,8 @@ class Namespaces:
     def chooses(self, pid: int) -> bool:
         """Whether a task may say which numbers its threads and children get: not in a user namespace below the one that
         the numbers belong to."""
-        return not self._users.get(pid)
+        outside = not self.numbered and bool(self._where.get(pid, {}).get("user"))
+        return not outside and not self._users.get(pid)
 
     def _user_of_tree(self) -> int | None:
         place = self._places.get(("user", self.of_task(self.root).get("user", 0)))

@@ -39,10 +39,6 @@ class User(NamespaceKind):
     flag: ClassVar = 0x10000000
 
     def collect(self, view: NamespaceView, collection: Collection) -> None:
-        own = view.owner.inner_pid == view.owner.pid
-        if view.of_root and own and len(collection.inner_pids) > 1:
-            why = "its other processes would need numbers of the host's pid namespace, which are not theirs to choose"
-            collection.block(view.owner, "in a user namespace of its own", why, "give it a pid namespace too")
         entry = userns_pb2.userns_entry()
         for extents, name in ((entry.uid_map, "uid_map"), (entry.gid_map, "gid_map")):
             for first, lower, count in read_id_map(view.owner.proc, name):

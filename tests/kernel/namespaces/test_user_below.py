@@ -108,6 +108,7 @@ _FLAGS = {
     "host": (),
     "container": ("--pid", "--mount-proc"),
     "user": ("--pid", "--user", "--map-root-user"),
+    "user and the host's numbers": ("--user", "--map-root-user"),
 }
 _ANYWHERE = pytest.mark.parametrize("flags", list(_FLAGS.values())[:2], ids=list(_FLAGS)[:2])
 
