@@ -230,13 +230,17 @@ class Births:
             return
         flags = 0 if node.placeholder else self.namespaces.flags(node.pid)
         apart = not node.placeholder and bool(self.namespaces.of_task(node.pid))
+        if self._restoration.options.get("pidns") and self.namespaces.descends(node.pid):
+            why = "a pid namespace cannot be given to a program whose first process is in a user namespace"
+            raise RebuildError(why, advice="free the numbers that it needs here")
         if apart or not self._restoration.options.get("pidns"):
             self.tasks[node.pid] = task = self._spawn(node, flags)
             if not node.placeholder:
                 self._introduce(task)
                 if lodging.enter(task.table, lambda program: self.run(task, program), self._restoration):
                     self.namespaces.lodge(self._restoration.tasks[node.pid])
-                self.namespaces.settle_root(self._restoration.tasks[node.pid])
+                view = self._restoration.tasks[node.pid]
+                self.namespaces.settle_root(view, task.table, lambda program: self.run(task, program))
             return
         if self.init is None:
             self.init = self._spawn(plan.Node(1, 0, 1, 1, (1,)), pid_namespace.CLONE_FLAGS)

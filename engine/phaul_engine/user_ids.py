@@ -69,6 +69,11 @@ def below(checkpoint: Checkpoint) -> dict[int, userns_pb2.userns_entry]:
     return {ident: entry for ident, entry in found.items() if isinstance(ident, int) and entry.HasField("phaul_parent")}
 
 
+def has_own(checkpoint: Checkpoint) -> bool:
+    """Whether the tree has a user namespace that is below no other of it, nor below the one that the engine was in."""
+    return _of_tree(checkpoint) is not None
+
+
 def _of_tree(checkpoint: Checkpoint) -> userns_pb2.userns_entry | None:
     entries = (checkpoint.one(_IMAGE, ident) for ident in checkpoint.idents(_IMAGE))
     return next((entry for entry in entries if not entry.HasField("phaul_parent")), None)

@@ -173,10 +173,12 @@ def test_it_moves_there_and_back(managed: Hosts, service: Service) -> None:
     wait_until(lambda: service.counts()[-1][1] != pid, "it is started again where it lives", 20.0)
 
 
-def test_what_it_is_shut_in_is_made_there(managed: Hosts, service: Service) -> None:
-    """PrivateTmp= and the like: each systemd makes a view of its own host."""
+@pytest.mark.parametrize("users", ["no", "yes"])
+def test_what_it_is_shut_in_is_made_there(managed: Hosts, service: Service, users: str) -> None:
+    """PrivateTmp= and the like: each systemd makes a view of its own host. With PrivateUsers= most of its users are
+    nobody in there."""
     shut = "PrivateTmp=yes\nProtectSystem=strict\nReadWritePaths=/srv/shared\nPrivateDevices=yes\nStateDirectory=web\n"
-    service.start(f"{shut}NoNewPrivileges=yes\nSystemCallFilter=@system-service\nUser=nobody\n")
+    service.start(f"{shut}NoNewPrivileges=yes\nSystemCallFilter=@system-service\nUser=nobody\nPrivateUsers={users}\n")
     pid = service.show(managed.a, "MainPID")
     for source, there in ((managed.a, managed.b), (managed.b, managed.a)):
         status, result = service.move(source)
@@ -188,6 +190,8 @@ def test_what_it_is_shut_in_is_made_there(managed: Hosts, service: Service) -> N
         assert f"-{service.unit}-" in mounts, "it has no /tmp of its own"
         assert there.run(["nsenter", "-m", "-t", pid, "touch", "/usr/x"], check=False).returncode != 0
         assert "\nUid:\t65534\t65534" in there.path(f"/proc/{pid}/status").read_text()
+        apart = there.run(["test", f"/proc/{pid}/ns/user", "-ef", "/proc/1/ns/user"], check=False).returncode != 0
+        assert apart == (users == "yes")
         for host in (managed.a, managed.b):
             service.unheld(host)
     managed.a.run(["systemctl", "stop", service.unit])

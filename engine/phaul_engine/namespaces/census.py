@@ -5,12 +5,14 @@ A `Census` lives as long as a migration or dump, so that a namespace has the sam
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from phaul_engine.images.pb import core_pb2
-from phaul_engine.objects.base import Collection
+from phaul_engine.objects.base import Collection, Owner
 from phaul_engine.proc.access import open_process
 from phaul_engine.proc.namespaces import identities
 
@@ -40,6 +42,7 @@ class Census:
         self._lent = ("mnt",) if lent else ()
         self._numbers: dict[tuple[str, int, int], int] = {}
         self._next = _FIRST
+        self._home = HOST["user"]
         self._members: dict[int, dict[str, int]] = {}
 
     def take(self, members: Iterable[Member]) -> None:
@@ -47,6 +50,7 @@ class Census:
         living = [member for member in members if not member.process.zombie]
         self._know_ours(living[0])
         self._members = {member.pid: self._look(member.process.proc) for member in living}
+        self._home = self._find_home(living[0])
 
     def numbers(self, pid: int) -> Mapping[str, int]:
         """The namespaces of a process, in our numbers of processes: number by kind."""
@@ -62,30 +66,45 @@ class Census:
                     found.setdefault((name, number), []).append(member)
         for member in living:
             _judge_children(member, collection)
-        standings = self._standings(living[0], found, collection)
-        for (name, number), inside in sorted(found.items(), key=lambda item: _rank(item[0][0])):
-            standing = standings.get((name, number), Standing())
-            lords = found.get(("user", standing.above), living)  # of what is outside the root is as good as any
-            owned = [one for (kind, one), other in standings.items() if kind != "user" and other.above == number]
-            owners = tuple(member.owner for member in inside)
-            of_root = inside[0] is living[0]
-            view = NamespaceView(
-                *(name, number, owners[0], owners, of_root, collection.survey, lords[0].owner),
-                above=0 if lords[0] is living[0] else standing.above,
-                maker=standing.maker,
-                parent=standing.above,
-                owns=tuple(owned) if name == "user" else (),
-            )
-            _collect(view, collection)
+        standings = self._standings(found, collection)
+        with _engine(living[0].owner) as engine:
+            at_home = living[0].owner if self._members[living[0].pid]["user"] == self._home else engine
+            for (name, number), inside in sorted(found.items(), key=lambda item: _rank(item[0][0])):
+                standing = standings.get((name, number), Standing())
+                lords = found.get(("user", standing.above)) if standing.above != self._home else None
+                owned = [one for (kind, one), other in standings.items() if kind != "user" and other.above == number]
+                owners = tuple(member.owner for member in inside)
+                of_root = inside[0] is living[0]
+                view = NamespaceView(
+                    *(name, number, owners[0], owners, of_root, collection.survey),
+                    lord=lords[0].owner if lords else at_home,
+                    above=standing.above if lords else 0,
+                    maker=standing.maker,
+                    parent=standing.above,
+                    owns=tuple(owned) if name == "user" else (),
+                )
+                _collect(view, collection)
+
+    def _find_home(self, root: Member) -> int:
+        """The user namespace that the tree is said to be in: the root's. But if the root's view of files belongs to
+        ours, the root went into its user namespace after it had got that, as what systemd starts does: it is below."""
+        own = self._members[root.pid]["user"]
+        if own == HOST["user"]:
+            return own
+        shown = lineage.standing("mnt", root.process.proc, self._users()).above
+        apart = lineage.differs("mnt", root.process.proc)
+        return HOST["user"] if apart and shown == HOST["user"] else own
+
+    def _users(self) -> dict[tuple[int, int], int]:
+        return {(dev, inode): number for (name, dev, inode), number in self._numbers.items() if name == "user"}
 
     def _standings(
-        self, root: Member, found: Mapping[tuple[str, int], list[Member]], collection: Collection
+        self, found: Mapping[tuple[str, int], list[Member]], collection: Collection
     ) -> dict[tuple[str, int], Standing]:
-        """How the tree's namespaces stand to its user namespaces, where it has such below the root's; else nothing."""
-        home = self._members[root.pid]["user"]
+        """How the tree's namespaces stand to its user namespaces, where it has such below its own; else nothing."""
+        home, users = self._home, self._users()
         if all(name != "user" or number == home for name, number in found):
             return {}
-        users = {(dev, inode): number for (name, dev, inode), number in self._numbers.items() if name == "user"}
         made = {
             (name, number): lineage.standing(name, inside[0].process.proc, users)
             for (name, number), inside in found.items()
@@ -122,6 +141,16 @@ class Census:
                         self._numbers[(name, *identity)] = HOST[name]
                 finally:
                     os.close(proc)
+
+
+@contextlib.contextmanager
+def _engine(root: Owner) -> Iterator[Owner]:
+    """The engine itself, as a process beside the root of a tree."""
+    proc = open_process(os.getpid())
+    try:
+        yield replace(root, pid=os.getpid(), comm="phaul", proc=proc)
+    finally:
+        os.close(proc)
 
 
 def _collect(view: NamespaceView, collection: Collection) -> None:

@@ -40,6 +40,15 @@ def standing(name: str, proc: int, users: Mapping[tuple[int, int], int]) -> Stan
         os.close(fd)
 
 
+def differs(name: str, proc: int) -> bool:
+    """Whether the namespace `name` that a task is in is another one than ours."""
+    fd = open_at(proc, f"ns/{name}")
+    try:
+        return not places.same_namespace(fd, name)
+    finally:
+        os.close(fd)
+
+
 def _parent_of(fd: int) -> int:
     return fcntl.ioctl(fd, _NS_GET_PARENT)
 

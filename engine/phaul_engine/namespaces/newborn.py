@@ -20,7 +20,7 @@ from phaul_engine.proc.status import read_status
 from phaul_engine.program import Program
 from phaul_engine.syscalls import NR
 from phaul_engine.transfer import Runner, Table
-from phaul_engine.user_ids import UserIds
+from phaul_engine.user_ids import UserIds, has_own
 
 from . import census, user
 from .base import NamespaceKind, NewNamespace, kind_named, kinds
@@ -69,23 +69,25 @@ class Namespaces:
             if name != "time" and number != self._host.get(name, number)
         }
         if self._below.contains(found.get("user", 0)):
-            if pid == self.root:
-                raise ImageError("the first process of the images is in a user namespace below its own")
             del found["user"]
-            found |= {name: number for name, number in self.of_task(self.root).items() if name == "user"}
+            if pid != self.root:
+                found |= {name: number for name, number in self.of_task(self.root).items() if name == "user"}
+            elif has_own(self._restoration.checkpoint):
+                raise ImageError("the first process of the images is in a user namespace below its own")
         return found
 
     def flags(self, pid: int) -> int:
         """CLONE_NEW* for the birth of the root."""
-        return _flags(self.of_task(pid))
+        return _flags(name for name, number in self.of_task(pid).items() if not self._below.owner(number))
 
     def ids(self, pid: int) -> user.Ids:
         """What the root has to be given, which is born into a user namespace."""
         return user.ids(self._restoration.checkpoint, self.of_task(pid)["user"])
 
-    def settle_root(self, task: SkeletonTask) -> None:
+    def settle_root(self, task: SkeletonTask, table: Table, run: Runner) -> None:
         """The root was born, into new namespaces: make what belongs into them."""
-        self._make(task, self.of_task(task.inner_pid), root=True)
+        new = self.of_task(task.inner_pid)
+        self._make(task, new, root=True, owners=self._join_belonging(new, table, run))
 
     def settle_caught(self, task: SkeletonTask, run: Runner) -> None:
         """The root was caught, in namespaces that were made for it: make what is missing, and what belongs into all."""
@@ -174,17 +176,22 @@ class Namespaces:
         for name, number in changed.items():
             if name not in new:
                 self._join(name, number, table, run)
-        owners = {name: self._below.owner(number) for name, number in new.items()}
-        for name in (name for name, owner in owners.items() if owner):
-            if not _kind(name).at_birth:
-                raise ImageError(f"a {name} namespace belongs to a user namespace below the tree's")
-            self._give(self._below.make(name, _kind(name).flag, owners[name]), name, table, run)
+        owners = self._join_belonging(new, table, run)
         if flags := _flags(name for name in new if not owners[name]):
             program = Program()
             program.order(NR.unshare, flags, label="make namespaces")
             run(program)
         self._make(task, new, owners=owners)
         self._welcome(task, {name: number for name, number in wanted.items() if name not in new})
+
+    def _join_belonging(self, new: Mapping[str, int], table: Table, run: Runner) -> dict[str, int]:
+        """Have a task join those that belong to user namespaces below the tree's, made by others: whose each is."""
+        owners = {name: self._below.owner(number) for name, number in new.items()}
+        for name in (name for name, owner in owners.items() if owner):
+            if not _kind(name).at_birth:
+                raise ImageError(f"a {name} namespace belongs to a user namespace below the tree's")
+            self._give(self._below.make(name, _kind(name).flag, owners[name]), name, table, run)
+        return owners
 
     def _welcome(self, task: SkeletonTask, numbers: Mapping[str, int]) -> None:
         for name, number in numbers.items():

@@ -45,7 +45,7 @@ class User(NamespaceKind):
                 extents.add(first=first, lower_first=lower, count=count)
         if access.read_text(view.owner.proc, "setgroups").strip() == "deny":
             entry.phaul_deny_setgroups = True
-        if not view.of_root:
+        if view.parent:
             _collect_below(view, entry, collection)
         collection.checkpoint.put(_IMAGE, view.number, entry)
 

@@ -109,6 +109,7 @@ _FLAGS = {
     "container": ("--pid", "--mount-proc"),
     "user": ("--pid", "--user", "--map-root-user"),
     "user and the host's numbers": ("--user", "--map-root-user"),
+    "user after mounts": ("--mount", "--uts", "unshare", "--ipc", "--user", "--map-root-user"),
 }
 _ANYWHERE = pytest.mark.parametrize("flags", list(_FLAGS.values())[:2], ids=list(_FLAGS)[:2])
 
