@@ -13,6 +13,7 @@ A unit file decides what runs with which rights, so it is never taken from the o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -22,6 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from phaul_engine.cgroup import path_of
 from phaul_engine.namespaces import lodging
+from phaul_engine.namespaces.mnt import api
+from phaul_engine.objects import places
 
 from phaul.errors import PhaulError, UsageError
 from phaul.events import Finding
@@ -71,7 +74,7 @@ GuessMainPID=no
 ExecCondition=
 ExecStartPre=
 ExecStart=
-ExecStart={prefix}/bin/sh -c 'until read verdict < {fifo} && [ "$$verdict" = run ]; do sleep 1; done'
+ExecStart={prefix}{shell} -c 'until read verdict < {fifo} && [ "$$verdict" = run ]; do sleep 1; done'
 ExecStartPost=
 ExecReload=
 ExecStop=
@@ -81,6 +84,9 @@ Restart=no
 RestartForceExitStatus=
 RemainAfterExit=no
 """
+
+_SHELL = "/bin/sh"
+"""What our front end is executed by. If the unit may not (NoExecPaths=), that is lifted for it, as long as it runs."""
 
 _AS_ROOT, _AS_ROOT_INSIDE = "+", "!"
 """Before a command: systemd runs it with all rights, outside of what the unit is shut in, or inside of it."""
@@ -149,10 +155,12 @@ class Unit(Workload):
         stage = {"fifo": str(_RUN / f"unit-{token}.fifo"), "pidfile": str(_RUN / f"unit-{token}.pid")}
         own = show(unit, "PIDFile")["PIDFile"]
         carried = {key: facts.get(key) for key in ("watchdog", "status")}
-        note({"name": unit, "own_pidfile": own, **carried, **stage})
+        shell = os.path.realpath(_SHELL) if sandboxed and unit_facts.shut_in(unit, os.path.realpath(_SHELL)) else ""
+        note({"name": unit, "own_pidfile": own, **carried, **stage, "opened": shell})
         _RUN.mkdir(mode=0o700, exist_ok=True)
         os.mkfifo(stage["fifo"], 0o600)
-        DropIn(unit).put(_STAGE.format(**stage, prefix=_AS_ROOT_INSIDE if sandboxed else _AS_ROOT))
+        text = _STAGE.format(**stage, shell=_SHELL, prefix=_AS_ROOT_INSIDE if sandboxed else _AS_ROOT)
+        DropIn(unit).put(text + (f"ExecPaths={shell}\n" if shell else ""))
         systemd.start(unit)
         place, pid = _await_front_end(unit)
         if unit_facts.sandboxed(pid) != sandboxed:
@@ -171,6 +179,8 @@ class Unit(Workload):
                 raise PhaulError(f"systemd has not taken process {root} for the main one of {unit}: {words}")
             if notes.get("own_pidfile"):
                 _write_pidfile(Path(notes["own_pidfile"]), root)
+        if notes.get("opened"):
+            _shut_again(root, str(notes["opened"]))
         _leave_stage(unit, notes)
         _tell(root, notes)
 
@@ -291,6 +301,14 @@ def _leave_stage(unit: str, notes: dict[str, Any]) -> None:
 def _is_main(unit: str, pid: int) -> bool:
     state = show(unit, "ActiveState", "MainPID")
     return state["ActiveState"] == "active" and int(state["MainPID"] or 0) == pid
+
+
+def _shut_again(pid: int, path: str) -> None:
+    """Take away what let our front end execute a file: a mount of it on itself, where the program is now too."""
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError), open(f"/proc/{pid}/ns/mnt", "rb") as mounts:
+        there = [line.split()[4] for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
+        if path in there:
+            places.in_root(None, mounts.fileno(), None, lambda: api.detach(path))
 
 
 def _write_pidfile(path: Path, pid: int) -> None:

@@ -129,6 +129,18 @@ def sandboxed(pid: int) -> bool:
     return not os.path.samefile(f"/proc/{pid}/ns/mnt", "/proc/self/ns/mnt")
 
 
+def shut_in(unit: str, path: str) -> bool:
+    """Whether a unit may not execute a file: NoExecPaths= and ExecPaths=, of which the longest path that leads there
+    counts (systemd.exec(5))."""
+
+    def longest(paths: str) -> int:
+        names = [one.lstrip("-+") for one in paths.split()]
+        return max((len(name) for name in names if f"{path}/".startswith(f"{name.rstrip('/')}/")), default=-1)
+
+    said = show(unit, "NoExecPaths", "ExecPaths")
+    return longest(said["NoExecPaths"]) > longest(said["ExecPaths"])
+
+
 def _sandbox(unit: str, pid: int) -> Iterator[Finding]:
     """What is in such a namespace, and in no other one: systemd there makes an empty one."""
     if not sandboxed(pid):

@@ -198,6 +198,35 @@ def test_what_it_is_shut_in_is_made_there(managed: Hosts, service: Service, user
     assert not list(managed.a.path("/tmp").glob("systemd-private-*")), "what was private is left"
 
 
+@pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed")
+def test_a_service_as_debian_ships_it_moves(managed: Hosts) -> None:
+    """redis-server.service: Type=notify, PrivateUsers=, PrivateTmp=, ProtectSystem=, and what else there is. Its data
+    are in memory, and nothing of it is open."""
+    redis = Service(managed, "redis-server")
+    for host in (managed.a, managed.b):
+        host.run(["sh", "-c", "install -d -o redis -g redis /var/lib/redis /var/log/redis"])
+    managed.a.run(["systemctl", "start", redis.unit])
+    try:
+        managed.a.run(["redis-cli", "set", "where", "it was"])
+        pid = redis.show(managed.a, "MainPID")
+        for source, there in ((managed.a, managed.b), (managed.b, managed.a)):
+            status, result = redis.move(source)
+            assert (status, result["outcome"]) == (0, "migrated"), f"{result}\n{redis.states()}"
+            assert there.run(["redis-cli", "get", "where"]).stdout == "it was\n"
+            assert redis.state(there) == ("active", "running")
+            assert redis.show(there, "MainPID") == pid
+            assert redis.state(source) == ("inactive", "dead")
+            shell = (
+                ["nsenter", "-t", pid, "-m", "-w/", "/usr/bin/redis-server", "--version"],
+                ["nsenter", "-t", pid, "-m", "true"],
+            )
+            assert [there.run(one, check=False).returncode != 0 for one in shell] == [False, True], "NoExecPaths= holds"
+            assert os.path.realpath("/bin/sh") not in there.path(f"/proc/{pid}/mountinfo").read_text().split()
+    finally:
+        for host in (managed.a, managed.b):
+            host.run(["systemctl", "stop", redis.unit], check=False)
+
+
 def test_a_migration_that_is_undone_leaves_nothing(managed: Hosts, service: Service) -> None:
     service.start("Restart=always\n")
     scene = Scene(managed)
