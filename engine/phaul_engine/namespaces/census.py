@@ -87,9 +87,10 @@ class Census:
 
     def _find_home(self, root: Member) -> int:
         """The user namespace that the tree is said to be in: the root's. But if the root's view of files belongs to
-        ours, the root went into its user namespace after it had got that, as what systemd starts does: it is below."""
+        ours, the root went into its user namespace after it had got that, as what systemd starts does: it is below.
+        Not with a pid namespace of its own, where nobody but the root could say which numbers its threads get."""
         own = self._members[root.pid]["user"]
-        if own == HOST["user"]:
+        if own == HOST["user"] or self._members[root.pid]["pid"] != HOST["pid"]:
             return own
         shown = lineage.standing("mnt", root.process.proc, self._users()).above
         apart = lineage.differs("mnt", root.process.proc)
