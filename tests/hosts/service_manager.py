@@ -10,6 +10,7 @@ from pathlib import Path
 
 PROGRAM = "/lib/systemd/systemd"
 _UNITS = Path("/run/systemd/system")
+_PACKAGED = Path("/usr/lib/systemd/system")
 _TARGET = """[Unit]
 DefaultDependencies=no
 Wants=systemd-journald.service systemd-journald.socket systemd-journald-dev-log.socket
@@ -18,7 +19,7 @@ _ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "container": "phaul-tests",  # so that it leaves the kernel's settings alone
     "SYSTEMD_GENERATOR_PATH": "/nonexistent",
-    "SYSTEMD_UNIT_PATH": f"{_UNITS}:/run/systemd/transient:/usr/lib/systemd/system",
+    "SYSTEMD_UNIT_PATH": f"{_UNITS}:/run/systemd/transient:{_PACKAGED}",
 }
 _PATIENCE = 20.0  # seconds
 
@@ -34,6 +35,9 @@ def boot() -> None:
     """The caller, process 1, becomes systemd; its child goes on from here when that is up."""
     _UNITS.mkdir(parents=True)
     (_UNITS / "default.target").write_text(_TARGET)
+    for unit in _PACKAGED.glob("*.wants/*"):  # what sysinit.target wants changes the kernel's settings
+        if "journal" not in unit.name and not (_UNITS / unit.name).is_symlink():
+            (_UNITS / unit.name).symlink_to(os.devnull)
     if os.fork() != 0:
         os.execve(PROGRAM, [PROGRAM, "--log-target=journal", "--show-status=0"], _ENVIRONMENT)
     os.setsid()
