@@ -20,6 +20,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -238,12 +239,12 @@ class Dump(_Running):
 
     def run(self) -> None:
         with Tracer() as tracer, contextlib.ExitStack() as stack:
-            first = self.directory / f"first-{os.getpid()}"
-            last = self.directory / f"last-{os.getpid()}"
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=self.directory)))
+            first, last = place / "first", place / "last"
             for path, store in ((first, pre_dump), (last, dump)):
                 path.mkdir()
                 if path == last:
-                    (last / "parent").symlink_to(Path("..") / first.name)
+                    (last / "parent").symlink_to("../first")
                 directory = stack.enter_context(ImageDirectory(path))
                 more: dict[str, Any] = {"leave_running": True} if store is dump else {}
                 store(tracer, self.pid, directory, open_store(directory, stack), options=_OPTIONS, **more)
