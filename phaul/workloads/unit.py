@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from phaul_engine.cgroup import path_of
 from phaul_engine.namespaces import lodging
 from phaul_engine.namespaces.mnt import api
-from phaul_engine.objects import places
+from phaul_engine.objects.places import in_root
 
 from phaul.errors import PhaulError, UsageError
 from phaul.events import Finding
@@ -308,7 +308,7 @@ def _shut_again(pid: int, path: str) -> None:
     with contextlib.suppress(ProcessLookupError, FileNotFoundError), open(f"/proc/{pid}/ns/mnt", "rb") as mounts:
         there = [line.split()[4] for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
         if path in there:
-            places.in_root(None, mounts.fileno(), None, lambda: api.detach(path))
+            in_root(None, mounts.fileno(), None, lambda: api.detach(path))
 
 
 def _write_pidfile(path: Path, pid: int) -> None:
