@@ -230,7 +230,7 @@ class Births:
             return
         flags = 0 if node.placeholder else self.namespaces.flags(node.pid)
         apart = not node.placeholder and bool(self.namespaces.of_task(node.pid))
-        if self._restoration.options.get("pidns") and self.namespaces.descends(node.pid):
+        if self._restoration.options.get("pidns") and self.namespaces.descends(self.namespaces.root):
             why = "a pid namespace cannot be given to a program whose first process is in a user namespace"
             raise RebuildError(why, advice="free the numbers that it needs here")
         if apart or not self._restoration.options.get("pidns"):

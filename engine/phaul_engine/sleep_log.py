@@ -181,7 +181,7 @@ class SleepLog:
                     thread.sleep = self._settle(process, thread, now)
                 elif thread.sleep.left is not None:  # its state is read once more in the same stop
                     thread.sleep = replace(thread.sleep, left=self._left(thread, now))
-                if thread.sleep is not None and thread.state.regs[_ORIG_AX] == NR.restart_syscall != thread.sleep.nr:
+                if thread.sleep is not None and thread.state.regs[_ORIG_AX] == NR.restart_syscall:
                     thread.state.call = thread.sleep.nr
 
     def _settle(self, process: Process, thread: Thread, now: int) -> Sleep | None:

@@ -25,6 +25,7 @@ from phaul_engine.cgroup import path_of
 from phaul_engine.namespaces import lodging
 from phaul_engine.namespaces.mnt import api
 from phaul_engine.objects.places import in_root
+from phaul_engine.proc.mountinfo import parse_mounts
 
 from phaul.errors import PhaulError, UsageError
 from phaul.events import Finding
@@ -155,12 +156,13 @@ class Unit(Workload):
         stage = {"fifo": str(_RUN / f"unit-{token}.fifo"), "pidfile": str(_RUN / f"unit-{token}.pid")}
         own = show(unit, "PIDFile")["PIDFile"]
         carried = {key: facts.get(key) for key in ("watchdog", "status")}
-        shell = os.path.realpath(_SHELL) if sandboxed and unit_facts.shut_in(unit, os.path.realpath(_SHELL)) else ""
-        note({"name": unit, "own_pidfile": own, **carried, **stage, "opened": shell})
+        shell = os.path.realpath(_SHELL)
+        opened = shell if sandboxed and unit_facts.shut_in(unit, shell) else ""
+        note({"name": unit, "own_pidfile": own, **carried, **stage, "opened": opened})
         _RUN.mkdir(mode=0o700, exist_ok=True)
         os.mkfifo(stage["fifo"], 0o600)
         text = _STAGE.format(**stage, shell=_SHELL, prefix=_AS_ROOT_INSIDE if sandboxed else _AS_ROOT)
-        DropIn(unit).put(text + (f"ExecPaths={shell}\n" if shell else ""))
+        DropIn(unit).put(text + (f"ExecPaths={opened}\n" if opened else ""))
         systemd.start(unit)
         place, pid = _await_front_end(unit)
         if unit_facts.sandboxed(pid) != sandboxed:
@@ -306,8 +308,7 @@ def _is_main(unit: str, pid: int) -> bool:
 def _shut_again(pid: int, path: str) -> None:
     """Take away what let our front end execute a file: a mount of it on itself, where the program is now too."""
     with contextlib.suppress(ProcessLookupError, FileNotFoundError), open(f"/proc/{pid}/ns/mnt", "rb") as mounts:
-        there = [line.split()[4] for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
-        if path in there:
+        if any(one.point == path for one in parse_mounts(Path(f"/proc/{pid}/mountinfo").read_bytes())):
             in_root(None, mounts.fileno(), None, lambda: api.detach(path))
 
 

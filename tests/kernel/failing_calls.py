@@ -31,7 +31,7 @@ from phaul_engine import _native
 from phaul_engine.catching import catch, kill
 from phaul_engine.collect import Collector
 from phaul_engine.dump import dump, open_store, pre_dump
-from phaul_engine.errors import BlockedError, EngineError
+from phaul_engine.errors import BlockedError, EngineError, GoneError
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.directory import ImageDirectory
 from phaul_engine.memory import guards
@@ -43,7 +43,8 @@ from phaul_engine.memory.source import Codec
 from phaul_engine.memory.tracker import Tracker
 from phaul_engine.network import lock
 from phaul_engine.proc.access import open_process
-from phaul_engine.proc.maps import read_maps
+from phaul_engine.proc.maps import Area, read_maps
+from phaul_engine.proc.stat import stat_of
 from phaul_engine.restore import restore
 from phaul_engine.target import Tracer, stop_tree
 
@@ -53,13 +54,16 @@ from tests.subjects.programs import build, parse_status, wait_until
 
 _LIBRARY = str(_native.__file__)
 _SITES = 4096
+_PROT_EXEC = 4
 _SLOW = ("poll", "read", "write", "pread64", "pwrite64", "waitpid", "syscall", "ioctl")  # what a signal may interrupt
 _MOVING = ("read", "write", "pread64", "pwrite64", "process_vm_readv", "process_vm_writev")
 _FEW = 3  # of so many places one is tried in a selection
 _OPTIONS = {"tcp": "established"}
 _LONG = "7654"  # seconds that what is caught would sleep
 _SECONDS = 30.0  # for one run, which takes a fraction of one
-_REFUSED, _WRONG = 10, 11  # exit statuses of a run that ended with an EngineError, or was not as it should be
+_REFUSED, _WRONG, _MISSED = 10, 11, 12
+"""Exit statuses of a run that ended with an EngineError, that was not as it should be, and in which nothing failed:
+how often a call is made may differ."""
 
 # Two threads and a child, each with connections that must go on; a line to the file at each turn.
 _PROGRAM = """
@@ -110,8 +114,8 @@ class Preloaded:
 
     def watch(self) -> None:
         """From here on the native library's calls are counted."""
-        first, end = _code_of(_LIBRARY)
-        self._library.failing_watch(ctypes.c_uint64(first), ctypes.c_uint64(end))
+        (code,) = [area for area in _loaded() if area.prot & _PROT_EXEC]
+        self._library.failing_watch(ctypes.c_uint64(code.start), ctypes.c_uint64(code.end))
 
     def rest(self) -> None:
         """No longer."""
@@ -120,6 +124,10 @@ class Preloaded:
     def arm(self, site: Site, hit: int, error: int) -> None:
         """Which call is to fail, and how: an errno, 0 for a likely one, -1 to move fewer bytes than it could."""
         self._library.failing_arm(ctypes.c_uint64(site.address), ctypes.c_uint64(hit), error)
+
+    def failed(self) -> bool:
+        """Whether that call has come."""
+        return bool(self._library.failing_done())
 
     def sites(self) -> list[Site]:
         """What was counted."""
@@ -133,20 +141,18 @@ class Preloaded:
         return found
 
 
-def _code_of(path: str) -> tuple[int, int]:
-    """The addresses of the code of a library that is loaded."""
-    with open("/proc/self/maps") as file:
-        for line in file:
-            words = line.split()
-            if words[-1] == path and "x" in words[1]:
-                first, _, end = words[0].partition("-")
-                return int(first, 16), int(end, 16)
-    raise FileNotFoundError(path)
+def _loaded() -> list[Area]:
+    """Where the native library is in our memory."""
+    proc = open_process(os.getpid())
+    try:
+        return [area for area in read_maps(proc) if area.path == _LIBRARY]
+    finally:
+        os.close(proc)
 
 
 class Scenario(Protocol):
     """Something that the native library is used for. `run` is what calls fail in; `check` is called after each run,
-    and raises AssertionError if something was lost, or is left."""
+    and raises AssertionError or TimeoutError if something was lost, or is left."""
 
     directory: Path
 
@@ -177,14 +183,13 @@ class _Running:
     def check(self) -> None:
         """All three of its turns go on."""
         at = self.out.stat().st_size if self.out.exists() else 0
-        deadline = time.monotonic() + 10
-        while True:
+
+        def go_on() -> bool:
             assert self.process.poll() is None, f"the program has ended with {self.process.returncode}"
             said = self.out.read_bytes()[at:].split(b"\n") if self.out.exists() else []
-            if {line.split()[0] for line in said[2:] if b" " in line} == {b"main", b"thread", b"child"}:
-                return
-            assert time.monotonic() < deadline, f"of the program only these go on: {said}"
-            time.sleep(0.005)
+            return {line.split()[0] for line in said[2:] if b" " in line} == {b"main", b"thread", b"child"}
+
+        wait_until(go_on, "all three go on")
 
     def close(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -309,12 +314,13 @@ class Restore(_Running):
         if self.process.returncode is None:
             super().check()
             return
-        deadline = time.monotonic() + 5
-        while left := self._left():
+
+        def gone() -> bool:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(-1, os.WNOHANG)
-            assert time.monotonic() < deadline, f"left of what was made: {left}"
-            time.sleep(0.005)
+            return not self._left()
+
+        wait_until(gone, "nothing is left of what was made", 5.0)
         self.out.write_bytes(self.said)
 
     def close(self) -> None:
@@ -395,10 +401,7 @@ class Catch:
 
     def check(self) -> None:
         """No `sleep` is left."""
-        deadline = time.monotonic() + 5
-        while left := _bearing(_LONG):
-            assert time.monotonic() < deadline, f"left: {left}"
-            time.sleep(0.01)
+        wait_until(lambda: not _bearing(_LONG), "no process is left", 5.0)
 
     def close(self) -> None:
         pass
@@ -422,9 +425,8 @@ def _words_of(pid: int) -> list[bytes]:
 def _members(session: int) -> list[int]:
     found = []
     for pid in _all_pids():
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-            if int(words[3]) == session or pid == session:
+        with contextlib.suppress(GoneError):
+            if stat_of(pid).session == session or pid == session:
                 found.append(pid)
     return found
 
@@ -517,25 +519,24 @@ def try_all(scenario: Scenario, *, every: bool) -> dict[str, Any]:
 
             def work(site: Site = site, hit: int = hit, error: int = error) -> int:
                 preloaded.arm(site, hit, error)
-                return _attempt(scenario, preloaded)
+                status = _attempt(scenario, preloaded)
+                return status if status == _WRONG or preloaded.failed() else _MISSED
 
             status, said = _in_a_process(work)
             where = f"{site.name} from {_line(site)}, number {hit} of {site.calls}, failing by {error}"
             if status in (0, _REFUSED):
                 ends["well" if status == 0 else "refused"] += 1
-            else:
+            elif status != _MISSED:
                 wrong.append(f"{where}: status {status}: {said}")
             try:
                 scenario.check()
-            except AssertionError as problem:
+            except (AssertionError, TimeoutError) as problem:
                 return ends | {"wrong": [*wrong, f"{where}: {problem}"]}
     return ends | {"wrong": wrong}
 
 
 def _line(site: Site) -> str:
-    first = min(
-        int(line.split("-")[0], 16) for line in Path("/proc/self/maps").read_text().splitlines() if _LIBRARY in line
-    )
+    first = min(area.start for area in _loaded())
     command = ["addr2line", "-f", "-s", "-e", _LIBRARY, hex(site.address - 1 - first)]
     return " ".join(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
 

@@ -2,7 +2,8 @@
  *
  * failing_watch (from, to): count the calls that code between these addresses makes, by the address they return to.
  * failing_arm (site, hit, error): the hit-th call (from 1) that returns to `site` is not made but fails; with `error`,
- * or with the one of this function if that is 0. With -1 it moves half as many bytes as it could. failing_sites: what was counted. failing_done: whether it has failed.
+ * or with the one of this function if that is 0. With -1 it moves half as many bytes as it could. failing_sites: what
+ * was counted. failing_done: whether it has failed.
  */
 #include <stddef.h>
 #include <stdint.h>

@@ -68,8 +68,7 @@ struct ph_thread_state {
 	uint32_t restarted;             /* 1: an EINTR that our own stop caused was taken back */
 	uint32_t queued;                /* bit 0: signals wait for the thread, bit 1: for its process */
 	uint32_t peculiar;              /* PH_PECULIAR_*: what cannot be carried, and may stand in an injection's way */
-	uint32_t call;                  /* in: the call that restart_syscall (2) stands for; 0: it stands for none, or
-	                                   nobody knows */
+	uint32_t call;                  /* in: the call that restart_syscall (2) stands for, as far as is known; 0: none */
 	uint64_t robust_head;
 	uint64_t robust_size;
 	uint8_t xstate[16384];          /* NT_X86_XSTATE, standard format */

@@ -311,23 +311,6 @@ struct enter_job {
 	int patience_ms;
 };
 
-int
-inject_leave (const struct ph_thread_state *const *states, size_t count, struct ph_error *err)
-{
-	struct ph_error second;
-	int result = 0;
-
-	/* one may have been killed; the others go back all the same: what they run now is about to be unmapped */
-	for (size_t i = 0; i < count; i++)
-		if (ptrace (PTRACE_INTERRUPT, states[i]->tid, 0, 0) < 0)
-			result = ph_fail (result < 0 ? &second : err, errno, "interrupt task %d", states[i]->tid);
-	for (size_t i = 0; i < count; i++)
-		if (trace_wait_stop (states[i]->tid, ph_now_us () + 5000000, NULL, result < 0 ? &second : err) < 0
-		    || put_back (states[i], result < 0 ? &second : err) < 0)
-			result = -1;
-	return result;
-}
-
 static long
 enter (void *argument, struct ph_error *err)
 {
@@ -351,6 +334,23 @@ ph_enter (struct ph_tracer *tracer, struct ph_injection *injection, const struct
 	struct enter_job job = { injection, states, slots, count, patience_ms };
 
 	return (int) ph_tracer_call (tracer, enter, &job, err);
+}
+
+int
+inject_leave (const struct ph_thread_state *const *states, size_t count, struct ph_error *err)
+{
+	struct ph_error second;
+	int result = 0;
+
+	/* one may have been killed; the others go back all the same: what they run now is about to be unmapped */
+	for (size_t i = 0; i < count; i++)
+		if (ptrace (PTRACE_INTERRUPT, states[i]->tid, 0, 0) < 0)
+			result = ph_fail (result < 0 ? &second : err, errno, "interrupt task %d", states[i]->tid);
+	for (size_t i = 0; i < count; i++)
+		if (trace_wait_stop (states[i]->tid, ph_now_us () + 5000000, NULL, result < 0 ? &second : err) < 0
+		    || put_back (states[i], result < 0 ? &second : err) < 0)
+			result = -1;
+	return result;
 }
 
 static long

@@ -67,8 +67,7 @@ class Census:
         for member in living:
             _judge_children(member, collection)
         standings = self._standings(found, collection)
-        with _engine(living[0].owner) as engine:
-            at_home = living[0].owner if self._members[living[0].pid]["user"] == self._home else engine
+        with self._at_home(living[0]) as at_home:
             for (name, number), inside in sorted(found.items(), key=lambda item: _rank(item[0][0])):
                 standing = standings.get((name, number), Standing())
                 lords = found.get(("user", standing.above)) if standing.above != self._home else None
@@ -84,6 +83,18 @@ class Census:
                     owns=tuple(owned) if name == "user" else (),
                 )
                 _collect(view, collection)
+
+    @contextlib.contextmanager
+    def _at_home(self, root: Member) -> Iterator[Owner]:
+        """A process in the user namespace that the tree is said to be in: its root, or the engine."""
+        if self._members[root.pid]["user"] == self._home:
+            yield root.owner
+            return
+        proc = open_process(os.getpid())
+        try:
+            yield replace(root.owner, pid=os.getpid(), comm="phaul", proc=proc)
+        finally:
+            os.close(proc)
 
     def _find_home(self, root: Member) -> int:
         """The user namespace that the tree is said to be in: the root's. But if the root's view of files belongs to
@@ -142,16 +153,6 @@ class Census:
                         self._numbers[(name, *identity)] = HOST[name]
                 finally:
                     os.close(proc)
-
-
-@contextlib.contextmanager
-def _engine(root: Owner) -> Iterator[Owner]:
-    """The engine itself, as a process beside the root of a tree."""
-    proc = open_process(os.getpid())
-    try:
-        yield replace(root, pid=os.getpid(), comm="phaul", proc=proc)
-    finally:
-        os.close(proc)
 
 
 def _collect(view: NamespaceView, collection: Collection) -> None:
