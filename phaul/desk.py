@@ -245,8 +245,10 @@ class Desk:
 
     def _program(self, content: dict[str, Any]) -> dict[str, Any]:
         """Facts of a program, with a token beside each file that it writes, kept until they are not needed."""
+        from phaul_engine.proc.mountinfo import own_mounts
+
         from phaul import facts, workloads
-        from phaul.haul import trees
+        from phaul.haul import layers, trees
         from phaul.journal import Store
 
         self._kept.close()
@@ -257,7 +259,11 @@ class Desk:
         found = facts.program_facts(workload.pid, options, Store(self._state_directory))
         self._told = {file.path for file in found.questions.needed}
         haul = bool(content.get("haul"))
-        asked = [trees.describe(path, counted=haul, room=path in workload.rooms) for path in workload.trees]
+        overlays = layers.among(set(workload.trees) - set(workload.rooms), own_mounts())
+        asked = [
+            trees.describe(path, counted=haul, room=path in workload.rooms, overlays=overlays)
+            for path in workload.trees
+        ]
         questions = replace(found.questions, workload=kind, facts=workload.facts, haul=haul)
         questions = self._kept.enter_context(facts.tokens(questions))
         questions = replace(questions, trees=self._kept.enter_context(trees.with_tokens(asked)))

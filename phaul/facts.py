@@ -412,7 +412,8 @@ def answer(questions: Questions) -> Answers:
         with contextlib.suppress(OSError):
             size = os.stat(file.path).st_size
             files[file.path] = FileAnswer(size, file_hash(file.path) if size == file.size else "")
-    found = {one.path: trees.answer(one) for one in questions.trees}
+    places = [one.path for one in questions.trees]
+    found = {one.path: trees.answer(one, places) for one in questions.trees}
     hauled = trees.hauled(questions.trees, found) if questions.haul else ()
     return Answers(
         taken={number: numbers[number] + _arriving(number) for number in questions.numbers if number in numbers},

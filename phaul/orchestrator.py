@@ -182,12 +182,17 @@ async def _examine(migration: str, order: Order, settings: Settings, hosts: _Hos
     missing = [file for file in program.questions.needed if file.path not in answers.files]
     missing = missing if wishes.ship == "missing" else []
     hauled = trees.hauled(program.questions.trees, answers.trees) if wishes.ship == "missing" else ()
-    findings += await _policies(program, wishes, missing, hauled, hosts)
+    overlays = [tree for tree in program.questions.trees if tree.path in hauled and tree.layers is not None]
+    if overlays and relay.LAYERS not in hosts.agreement.features:
+        text = f"phaul on {hosts.there.name} is too old to mount {overlays[0].path} there"
+        findings.append(Finding("blocker", "tree-version", text, f"phaul deploy {hosts.there.name}"))
+    directories = (*hauled, *(path for tree in overlays if tree.layers for path in tree.layers.directories))
+    findings += await _policies(program, wishes, missing, directories, hosts)
     if wishes.ship != "missing":
         return _Examined(program.pid, findings)
-    directories = {os.path.dirname(file.path) for file in unshared(program.questions, answers)}
+    carried = {os.path.dirname(file.path) for file in unshared(program.questions, answers)}
     rsync = bool(hauled) and all(answers.trees[path].rsync for path in hauled)
-    return _Examined(program.pid, findings, missing, tuple(sorted(directories)), hauled, rsync)
+    return _Examined(program.pid, findings, missing, tuple(sorted(carried)), hauled, rsync)
 
 
 async def _policies(

@@ -9,6 +9,7 @@ from typing import Any
 from phaul_engine.errors import EngineError
 
 from phaul.haul.arriving import Arriving
+from phaul.haul.layers import Layers
 from phaul.haul.places import NOWHERE, Places
 
 _SYNC_PATIENCE = 15.0  # seconds for directories to come to the disk, when the program runs
@@ -24,10 +25,15 @@ class Directories:
         self._syncing: asyncio.Future[None] | None = None
 
     def begin(
-        self, paths: tuple[str, ...], migration: str, reply: Callable[[bytes], None], rooms: Mapping[str, str]
+        self,
+        paths: tuple[str, ...],
+        migration: str,
+        reply: Callable[[bytes], None],
+        rooms: Mapping[str, str],
+        overlays: Mapping[str, Layers],
     ) -> list[dict[str, Any]]:
         """These will come. Returned is what the journal must hold before they are made."""
-        self._arriving = Arriving(paths, migration, reply, rooms)
+        self._arriving = Arriving(paths, migration, reply, rooms, overlays)
         return self._arriving.entries()
 
     def make(self) -> None:

@@ -38,6 +38,7 @@ from phaul.dest.register import Register
 from phaul.driver import blocking
 from phaul.errors import PhaulError
 from phaul.events import Event
+from phaul.haul import layers
 from phaul.journal import Journal, Row, Store, Task, Undo, boot_id
 from phaul.migration import Done, Role, Work
 from phaul.policy import Incoming, PolicyError
@@ -253,9 +254,11 @@ class DestinationWorks:
         parent = cgroup.path_of(os.getpid())
         moved = [str(text) for text in self._settings.get("moved", ())]
         hauled = tuple(str(path) for path in self._settings.get("hauled", ()))
+        overlays = layers.checked(self._settings.get("layers", {}))
         if hauled:
             workload = str(self._settings.get("workload", "pid"))
-            self._gate.demand("destination", Incoming(workload=workload, hauled=hauled))
+            directories = (*hauled, *(path for known in overlays.values() for path in known.directories))
+            self._gate.demand("destination", Incoming(workload=workload, hauled=directories))
         row = Row(
             migration=self.migration,
             role=Role.DESTINATION,
@@ -271,7 +274,7 @@ class DestinationWorks:
         )
         self.journal = self._store.create(row)
         if hauled:
-            self._note(self._directories.begin(hauled, self.migration, self.answer, self._rooms()))
+            self._note(self._directories.begin(hauled, self.migration, self.answer, self._rooms(), overlays))
             self._directories.make()
 
     async def _sync_directories(self) -> None:

@@ -12,7 +12,6 @@ import stat
 import subprocess
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from phaul_engine import calls
@@ -20,7 +19,8 @@ from phaul_engine.errors import EngineError
 
 from phaul.errors import PhaulError
 
-from . import beside, rsync, wire
+from . import beside, overlay, rsync, wire
+from .layers import Layers
 from .places import Places
 from .wire import Record, Tag
 
@@ -33,7 +33,8 @@ _LONGEST = 1 << 62  # bytes of a file
 
 class Arriving:
     """The trees of one migration. `reply` sends a letter to the source, from any thread. Letters are taken one at a
-    time. `rooms` are places of trees that a runtime has made for them, and looks after."""
+    time. `rooms` are places of trees that a runtime has made for them, and looks after; trees in `overlays` are file
+    systems of layers, which are mounted here."""
 
     def __init__(
         self,
@@ -41,35 +42,38 @@ class Arriving:
         migration: str,
         reply: Callable[[bytes], None],
         rooms: Mapping[str, str] | None = None,
+        overlays: Mapping[str, Layers] | None = None,
     ) -> None:
-        rooms = rooms or {}
-        self._trees = [
-            _Room(rooms[path]) if path in rooms else _Tree(check_place(path), beside.staged_name(path, migration))
-            for path in trees
-        ]
+        rooms, overlays, trees = rooms or {}, overlays or {}, tuple(trees)
+        plain = [path for path in trees if path not in rooms and path not in overlays]
+        staged = Places(tuple((check_place(path), beside.staged_name(path, migration)) for path in plain))
+
+        def make(path: str) -> _Tree:
+            if path in rooms:
+                return _Room(rooms[path])
+            if path in overlays:
+                noted = overlay.entry(check_place(path), overlays[path], staged, migration, plain)
+                return _Overlay(path, overlays[path], staged, noted)
+            return _Tree(path, staged.now(path))
+
+        self._trees = [make(path) for path in trees]
         self._reply = reply
         self._server: rsync.Server | None = None
         self.complete = False
 
     @property
     def places(self) -> Places:
-        """Where they are until they have their names."""
-        return Places(tuple((tree.final, tree.staged) for tree in self._beside))
-
-    @property
-    def _beside(self) -> list[_Tree]:
-        """Those that are not under their final names yet."""
-        return [tree for tree in self._trees if tree.final != tree.staged]
+        """Where they are until they have their names; what is in another one comes after that."""
+        pairs = ((tree.final, tree.staged) for tree in self._trees if tree.final != tree.staged)
+        return Places(tuple(sorted(pairs)))
 
     def entries(self) -> list[dict[str, Any]]:
-        """For the journal, before `make`."""
-        return [beside.entry(tree.final, tree.staged, missing_above(tree.final)) for tree in self._beside]
+        """For the journal, before `make`. They are undone from the last to the first."""
+        mounted = [tree.entry for tree in self._trees if isinstance(tree, _Overlay)]
+        return [*(tree.noted() for tree in self._trees if type(tree) is _Tree), *mounted]
 
     def make(self) -> None:
         """Make the directories. PhaulError where a place is taken."""
-        for tree in self._beside:
-            for directory in missing_above(tree.final):
-                os.mkdir(directory, 0o755)
         for tree in self._trees:
             tree.make()
 
@@ -85,6 +89,7 @@ class Arriving:
             case Tag.RSYNC:
                 said = wire.fields(content)
                 self._end_server()
+                self._tree(said).begin()
                 self._server = self._tree(said).take_by(str(said.get("words")), self._reply)
             case Tag.STREAM if self._server is not None:
                 self._server.take(content)
@@ -114,8 +119,8 @@ class Arriving:
 
     def publish(self) -> None:
         """It runs here: the trees get their names. OSError where something is there."""
-        for entry in self.entries():
-            beside.publish(entry["data"])
+        for tree in self._trees:
+            tree.publish()
 
     def sync(self) -> None:
         """Bring what has come to the disk; in any thread, and it may be closed meanwhile. OSError if that fails."""
@@ -145,13 +150,26 @@ class _Tree:
         self._unsynced: set[str] | None = set()  # names; None if there are too many
         self._closing = threading.Lock()
 
+    def noted(self) -> dict[str, Any]:
+        """For the journal."""
+        return beside.entry(self.final, self.staged, beside.missing_above(self.final))
+
     def make(self) -> None:
+        for directory in beside.missing_above(self.final):
+            os.mkdir(directory, 0o755)
         os.mkdir(self.staged, 0o700)
         self._fd = os.open(self.staged, _PLACE | os.O_CLOEXEC)
         with contextlib.suppress(FileExistsError):  # an empty one
             os.mkdir(self.final, 0o700)
         if os.listdir(self.final):
             raise PhaulError(f"{self.final} has appeared meanwhile", advice="try again")
+
+    def begin(self) -> None:
+        """Files are about to come."""
+
+    def publish(self) -> None:
+        """It gets its name. OSError where something is there."""
+        beside.publish(self.noted()["data"])
 
     def close(self) -> None:
         self._leave_parent()
@@ -334,6 +352,31 @@ class _Room(_Tree):
     def make(self) -> None:
         self._fd = os.open(self.staged, _PLACE | os.O_CLOEXEC)
 
+    def publish(self) -> None:
+        pass
+
+
+class _Overlay(_Room):
+    """A file system that is mounted when what it is made of may have come: its layers may be in another tree."""
+
+    def __init__(self, final: str, layers: Layers, staged: Places, noted: dict[str, Any]) -> None:
+        super().__init__(noted["data"]["at"])
+        self.final = final
+        self.entry = noted
+        self._layers = layers
+        self._places = staged
+
+    def make(self) -> None:
+        pass
+
+    def begin(self) -> None:
+        if self._fd < 0:
+            overlay.make(self.entry["data"], self._layers, self._places)
+            super().make()
+
+    def publish(self) -> None:
+        overlay.publish(self.entry["data"])
+
 
 def _size(value: Any) -> int:
     if not 0 <= int(value) <= _LONGEST:
@@ -348,8 +391,3 @@ def check_place(path: str) -> str:
     if path == "/":
         raise EngineError("the root of a host cannot be hauled")
     return path
-
-
-def missing_above(path: str) -> list[str]:
-    """Which of the directories above a place are not there, the topmost first."""
-    return [str(one) for one in reversed(Path(path).parents) if not one.is_dir()]

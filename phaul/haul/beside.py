@@ -13,8 +13,10 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from phaul_engine.namespaces.mnt import api
 from phaul_engine.proc import lives
 
 KIND, LEFT_KIND = "haul", "haul-left"
@@ -30,6 +32,11 @@ def staged_name(final: str, migration: str) -> str:
     return f"{final}.phaul-{migration}"
 
 
+def missing_above(path: str) -> list[str]:
+    """Which of the directories above a place are not there, the topmost first."""
+    return [str(one) for one in reversed(Path(path).parents) if not one.is_dir()]
+
+
 def entry(final: str, staged: str, made: Iterable[str]) -> dict[str, Any]:
     """What the destination notes before it makes `staged`, `final` and the directories above, the topmost first."""
     return {"kind": KIND, "data": {"final": final, "staged": staged, "made": list(made)}}
@@ -38,7 +45,14 @@ def entry(final: str, staged: str, made: Iterable[str]) -> dict[str, Any]:
 def discard(data: dict[str, Any]) -> None:
     """It never runs here: nothing of it is left. OSError if something cannot be removed. An rsync that was started for
     an agent that is dead may still be ending."""
-    final, staged = str(data["final"]), str(data["staged"])
+    remove(str(data["staged"]))
+    for directory in (str(data["final"]), *reversed(data["made"])):
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+
+
+def remove(staged: str) -> None:
+    """Remove what has come in. OSError if something of it stays."""
     deadline = time.monotonic() + _ENDING
     while os.path.lexists(staged):
         try:
@@ -47,9 +61,6 @@ def discard(data: dict[str, Any]) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
-    for directory in (final, *reversed(data["made"])):
-        with contextlib.suppress(OSError):
-            os.rmdir(directory)
 
 
 def publish(data: dict[str, Any]) -> None:
@@ -59,13 +70,24 @@ def publish(data: dict[str, Any]) -> None:
         os.rename(staged, final)
 
 
-def left_entry(trees: Iterable[str], pids: Iterable[int]) -> dict[str, Any]:
-    """What the source notes of directories that the program, tasks `pids`, leaves behind."""
-    found = []
-    for path in trees:
+def left_entry(trees: Iterable[str], pids: Iterable[int], mounts: Iterable[str] = ()) -> dict[str, Any]:
+    """What the source notes of directories that the program, tasks `pids`, leaves behind, and of file systems that
+    nobody else needs."""
+    data = {"trees": _known(trees), "mounts": _known(mounts), "tasks": lives.tasks(pids)}
+    return {"kind": LEFT_KIND, "data": data}
+
+
+def _known(paths: Iterable[str]) -> list[list[Any]]:
+    found = ((path, os.lstat(path)) for path in paths)
+    return [[path, status.st_dev, status.st_ino] for path, status in found]
+
+
+def _same(path: str, device: int, inode: int) -> bool:
+    try:
         status = os.lstat(path)
-        found.append([path, status.st_dev, status.st_ino])
-    return {"kind": LEFT_KIND, "data": {"trees": found, "tasks": lives.tasks(pids)}}
+    except FileNotFoundError:
+        return False
+    return (status.st_dev, status.st_ino) == (device, inode)
 
 
 def put_aside(data: dict[str, Any]) -> None:
@@ -73,12 +95,11 @@ def put_aside(data: dict[str, Any]) -> None:
     something is mounted there."""
     if lives.any_lives(data["tasks"]):
         return
+    for path, device, inode in data.get("mounts", ()):
+        if _same(path, device, inode):
+            api.detach(path)
     for path, device, inode in data["trees"]:
-        try:
-            status = os.lstat(path)
-        except FileNotFoundError:
-            continue
-        if (status.st_dev, status.st_ino) != (device, inode):
+        if not _same(path, device, inode):
             continue
         aside = f"{path}{ASIDE}"
         if os.path.lexists(aside):

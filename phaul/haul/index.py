@@ -28,10 +28,10 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Sent(NamedTuple):
-    """A name as it was sent: inode, type, and what else shows that it was changed. `times` is None where they were so
-    young that they show nothing."""
+    """A name as it was sent: file system and inode, type, and what else shows that it was changed. `times` is None
+    where they were so young that they show nothing."""
 
-    inode: int
+    inode: tuple[int, int]
     kind: int
     size: int
     times: tuple[int, int] | None
@@ -41,21 +41,25 @@ class Sent(NamedTuple):
         """As it is now."""
         old = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _YOUNG
         times = (status.st_mtime_ns, status.st_ctime_ns) if old else None
-        return cls(status.st_ino, stat.S_IFMT(status.st_mode), status.st_size, times)
+        return cls(_identity(status), stat.S_IFMT(status.st_mode), status.st_size, times)
 
 
 class Index:
-    """A directory, by its number among those that are hauled. Work with it is one pass at a time."""
+    """A directory, by its number among those that are hauled. Work with it is one pass at a time. `without` are names
+    from its top that are not sent. What is not a directory is `layered` from several file systems, perhaps."""
 
-    def __init__(self, number: int, root: str) -> None:
+    def __init__(self, number: int, root: str, *, without: Iterable[str] = (), layered: bool = False) -> None:
         self.number = number
         self.root = root
-        self.device = os.lstat(root).st_dev
+        self.layered = layered
+        self._device = os.lstat(root).st_dev
+        self._devices = {self._device}  # of files that were seen
+        self._without = frozenset(without)
         self.work = 0.0  # of the last pass: names that were looked at, and blocks that were read
         self._watch = Watch(root)
         self._sent: dict[str, dict[str, Sent]] = {}  # by directory and name
-        self._names: dict[int, set[str]] = {}  # by inode
-        self._blocks: dict[int, Blocks] = {}  # of large files, by inode
+        self._names: dict[tuple[int, int], set[str]] = {}  # by file system and inode
+        self._blocks: dict[tuple[int, int], Blocks] = {}  # of large files, by file system and inode
         self._touched: dict[str, bool] = {}
         self._missing: set[str] = set()  # names that are gone, as of the pass before
         self._directories: set[str] = set()  # whose times are to be set at the end of the pass
@@ -79,8 +83,8 @@ class Index:
         self._lost |= touched.lost
 
     def names_of(self, inode: int) -> set[str]:
-        """The names under which the destination has an inode."""
-        return self._names.get(inode, set())
+        """The names under which the destination has files of an inode number."""
+        return {path for device in self._devices for path in self._names.get((device, inode), ())}
 
     def touch(self, path: str) -> None:
         """What a file holds may be another."""
@@ -100,9 +104,9 @@ class Index:
 
     def adopt(self, go_on: Callable[[], None]) -> list[str]:
         """Note everything as sent, and watch it: from now on whatever is touched is sent again. For the round that
-        another program sends, all but what is returned: large files with holes, which it would fill. `go_on` is called
-        now and then, and may end it by raising."""
-        holes = []
+        another program sends, all but what is returned: what is not sent, and large files with holes, which it would
+        fill. `go_on` is called now and then, and may end it by raising."""
+        holes = list(self._without)
         self._sent, self._names, self._touched, self._moved, self._lost = {}, {}, {}, set(), False
         self._adopting = True
         self._watch.add("")
@@ -269,11 +273,11 @@ class Index:
         """What it holds is sent if it was touched under any name, and may be another as far as its times tell."""
         fd = os.open(self._place(path), _READ)
         try:
-            status = os.fstat(fd)
-            if status.st_ino != (now := Sent.of(status)).inode or not stat.S_ISREG(status.st_mode):
-                return
+            seen, status = _identity(status), os.fstat(fd)
+            if (now := Sent.of(status)).inode != seen or not stat.S_ISREG(status.st_mode):
+                return  # it was replaced: that is told next
             made: dict[str, Any] = {}
-            names = sorted(self._names.get(status.st_ino, set()) - {path})
+            names = sorted(self._names.get(_identity(status), set()) - {path})
             if fresh:
                 if before is not None:
                     self._forget(path)
@@ -281,19 +285,19 @@ class Index:
             known = before if not fresh else self._lookup(names[0]) if names else None
             same = _rests(known, now) and not any(touched.get(name, False) for name in (path, *names))
             if "kind" in made:
-                self._blocks.pop(status.st_ino, None)
+                self._blocks.pop(now.inode, None)
             fields = {"op": "put", "tree": self.number, "path": path, **made}
             self.work += 0 if same else status.st_blocks * 512 / BLOCK
             if same:
                 outbox.put(**fields, meta=self._meta(fd, status))
             elif status.st_size <= SMALL:
                 found, data = whole(fd, status.st_size)
-                self._blocks.pop(status.st_ino, None)
+                self._blocks.pop(now.inode, None)
                 outbox.put(data, **fields, size=status.st_size, runs=found, meta=self._meta(fd, status))
             else:
                 if made:
                     outbox.put(**fields)
-                blocks = self._blocks.setdefault(status.st_ino, Blocks())
+                blocks = self._blocks.setdefault(now.inode, Blocks())
                 blocks.send(fd, path, status.st_size, outbox, fresh="kind" in made, tree=self.number)
                 outbox.put(op="put", tree=self.number, path=path, meta=self._meta(fd, status))
             self._note(path, status, now)
@@ -305,7 +309,7 @@ class Index:
         kind, place = stat.S_IFMT(status.st_mode), self._place(path)
         fields: dict[str, Any] = {}
         if fresh:
-            names = sorted(self._names.get(status.st_ino, set()) - {path})
+            names = sorted(self._names.get(_identity(status), set()) - {path})
             if self._lookup(path) is not None:
                 self._forget(path)
             if names:
@@ -338,7 +342,12 @@ class Index:
             status = os.lstat(self._place(path))
         except _GONE:
             return None
-        return status if status.st_dev == self.device else None
+        return status if self._belongs(path, status) else None
+
+    def _belongs(self, path: str, status: os.stat_result) -> bool:
+        if path in self._without:
+            return False
+        return status.st_dev == self._device or (self.layered and not stat.S_ISDIR(status.st_mode))
 
     def _list(self, directory: str) -> list[tuple[str, os.stat_result]]:
         found = []
@@ -347,7 +356,7 @@ class Index:
                 for entry in entries:
                     with contextlib.suppress(*_GONE):
                         status = entry.stat(follow_symlinks=False)
-                        if status.st_dev == self.device:
+                        if self._belongs(join(directory, entry.name), status):
                             found.append((entry.name, status))
         except _GONE:
             return []
@@ -392,7 +401,8 @@ class Index:
             self._drop(path, before)
         self._sent.setdefault(directory, {})[name] = sent
         if sent.kind != stat.S_IFDIR:
-            self._names.setdefault(status.st_ino, set()).add(path)
+            self._names.setdefault(sent.inode, set()).add(path)
+            self._devices.add(sent.inode[0])
 
     def _drop(self, path: str, sent: Sent) -> None:
         names = self._names.get(sent.inode, set())
@@ -414,6 +424,10 @@ class Index:
             self._sent.pop(path, None)
 
 
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
 def _rests(known: Sent | None, now: Sent) -> bool:
     """Whether a file is as it was, as far as its size and the time of the last change of its content tell."""
     if known is None or known.times is None or now.times is None:
@@ -421,18 +435,19 @@ def _rests(known: Sent | None, now: Sent) -> bool:
     return (known.size, known.times[0]) == (now.size, now.times[0])
 
 
-def count(root: str) -> tuple[int, int]:
-    """How many names are below a directory, and how many bytes they take on its disk."""
+def count(root: str, without: Iterable[str] = ()) -> tuple[int, int]:
+    """How many names are below a directory, but `without` some, and how many bytes they take on its disk."""
     names = size = 0
     device = os.lstat(root).st_dev
     waiting: list[str] = [root]
+    left_out = {f"{root}/{path}" for path in without}
     while waiting:
         try:
             with os.scandir(waiting.pop()) as entries:
                 for entry in entries:
                     with contextlib.suppress(*_GONE):
                         status = entry.stat(follow_symlinks=False)
-                        if status.st_dev == device:
+                        if status.st_dev == device and entry.path not in left_out:
                             names, size = names + 1, size + status.st_blocks * 512
                             if stat.S_ISDIR(status.st_mode):
                                 waiting.append(entry.path)
@@ -441,8 +456,3 @@ def count(root: str) -> tuple[int, int]:
         except PermissionError as error:
             raise PhaulError(f"{error.filename} cannot be read") from error
     return names, size
-
-
-def below(paths: Iterable[str], place: str) -> bool:
-    """Whether a place is one of these directories, or in one."""
-    return any(place == one or place.startswith(f"{one}/") for one in paths)

@@ -7,16 +7,18 @@ follow the file. All methods block, and belong into a thread, but `take` and `st
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from phaul_engine.errors import EngineError
 
 from phaul.errors import PhaulError
 
-from . import rsync, wire
+from . import layers, rsync, wire
 from .index import Index
+from .layers import Layers
 from .wire import Outbox, Tag
 
 _LOOK = 0.2  # seconds between two looks whether to go on
@@ -28,7 +30,7 @@ _TELLING = 50  # units of work in a pass that tells
 
 class Leaving:
     """The trees of one migration. `send` takes a letter for the destination; `alive` is told while something goes on.
-    `bandwidth` in bytes a second, 0 for no limit."""
+    `bandwidth` in bytes a second, 0 for no limit. Trees in `overlays` are file systems of layers."""
 
     def __init__(
         self,
@@ -38,8 +40,13 @@ class Leaving:
         alive: Callable[[], None],
         bandwidth: int = 0,
         by_rsync: bool = False,
+        overlays: Mapping[str, Layers] | None = None,
     ) -> None:
-        self._indexes = [Index(number, root) for number, root in enumerate(trees)]
+        overlays = overlays or {}
+        self._indexes = [
+            Index(number, root, without=layers.inside(root, overlays), layered=root in overlays)
+            for number, root in enumerate(trees)
+        ]
         self._send_letter = send
         self._alive = alive
         self._bandwidth = bandwidth
@@ -99,7 +106,9 @@ class Leaving:
 
         for _ in range(_TRIES):
             without = index.adopt(self._go_on)
-            whole = rsync.send(index.number, index.root, send, self._word, without, self._bandwidth)
+            whole = rsync.send(
+                index.number, index.root, send, self._word, without, self._bandwidth, compared=index.layered
+            )
             if index.doubt(links=not whole):
                 return
         raise PhaulError(
@@ -199,5 +208,14 @@ def mapped(pids: Iterable[int]) -> set[int]:
             for line in file:
                 words = line.split(None, 5)
                 if words[1][1:2] == b"w" and words[1][3:4] == b"s" and words[4] != b"0":
-                    found.add(int(words[4]))
+                    found |= {int(words[4]), _inode(pid, words[0])}
     return found
+
+
+def _inode(pid: int, area: bytes) -> int:
+    """Of the file that an area is of, by its name: of an overlay's, some kernels tell the inode of the layer."""
+    begin, _, end = area.partition(b"-")
+    try:
+        return os.stat(f"/proc/{pid}/map_files/{int(begin, 16):x}-{int(end, 16):x}").st_ino
+    except OSError:
+        return 0

@@ -54,9 +54,12 @@ def send(
     word: Callable[..., bytes],
     without: Iterable[str] = (),
     bandwidth: int = 0,
+    *,
+    compared: bool = False,
 ) -> bool:
-    """Send a directory, but not the files `without`. `letter` sends one, `word` waits for one of a kind; what they
-    raise ends it. False if files went away while it looked. PhaulError where rsync fails."""
+    """Send a directory, but not what is in `without`. `letter` sends one, `word` waits for one of a kind; what they
+    raise ends it. `compared`: files that are there already are compared by content, else by size and time. False if
+    files went away while it looked. PhaulError where rsync fails."""
     ours, theirs = socket.socketpair()
     heard, said = os.pipe()
     with ours, tempfile.TemporaryFile() as complaints, tempfile.NamedTemporaryFile() as excluded:
@@ -68,6 +71,7 @@ def send(
             command = [
                 PROGRAM,
                 *_OPTIONS,
+                *(["--checksum"] if compared else []),
                 *limit,
                 "-0",
                 f"--exclude-from={excluded.name}",

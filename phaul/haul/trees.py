@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -16,7 +16,8 @@ from phaul_engine.proc.mountinfo import own_mounts
 from phaul import tokens
 from phaul.events import Finding
 
-from . import beside, index, rsync
+from . import beside, index, layers, rsync
+from .layers import Layers
 
 State: TypeAlias = Literal["shared", "free", "taken"]
 
@@ -28,7 +29,8 @@ _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 class Tree:
     """A directory that the workload lives on. `token` is the name of a file in it with `secret`; `names` and `size`
     (bytes) are what would be sent. `problem` is why it cannot be. A tree with a `room` is a file system that its
-    runtime has mounted for it, and will have mounted somewhere at the destination, with much of the same in it."""
+    runtime has mounted for it, and will have mounted somewhere at the destination, with much of the same in it. One
+    with `layers` is a file system of those, which is mounted there by us; what was written to it is counted."""
 
     path: str
     names: int = 0
@@ -37,6 +39,7 @@ class Tree:
     secret: str = ""
     problem: str = ""
     room: bool = False
+    layers: Layers | None = None
 
 
 @dataclass(frozen=True)
@@ -49,25 +52,32 @@ class TreeAnswer:
     rsync: bool = False
 
 
-def describe(path: str, *, counted: bool, room: bool = False) -> Tree:
-    """A directory at the source; `counted` if it may have to be sent."""
+def describe(path: str, *, counted: bool, room: bool = False, overlays: Mapping[str, Layers] | None = None) -> Tree:
+    """A directory at the source; `counted` if it may have to be sent. `overlays` are file systems of layers."""
+    overlays = overlays or {}
+    known = overlays.get(path)
     if not counted:
-        return Tree(path, room=room)
-    inside = _mounted_inside(path)
+        return Tree(path, room=room, layers=known)
+    inside = _mounted_inside(path, overlays)
     if inside:
-        return Tree(path, problem=f"{inside} is a mount of its own in it, and only what is on one file system is sent")
-    return Tree(path, *index.count(path), room=room)
+        problem = f"{inside} is a mount of its own in it, and only what is on one file system is sent"
+        return Tree(path, problem=problem, layers=known)
+    if known is not None and known.problem:
+        return Tree(path, problem=known.problem, layers=known)
+    counts = index.count(path, layers.inside(path, overlays)) if known is None else index.count(known.upper)
+    return Tree(path, *counts, room=room, layers=known)
 
 
-def _mounted_inside(path: str) -> str:
-    return next((str(mount.point) for mount in own_mounts() if mount.point.startswith(f"{path}/")), "")
+def _mounted_inside(path: str, known: Container[str]) -> str:
+    points = (mount.point for mount in own_mounts())
+    return next((point for point in points if layers.below(point, path) and point not in known), "")
 
 
 @contextlib.contextmanager
 def with_tokens(trees: Iterable[Tree]) -> Iterator[tuple[Tree, ...]]:
     """The trees with a token in each that may be shared, for as long as the destination is asked."""
     with contextlib.ExitStack() as stack:
-        yield tuple(tree if tree.room else stack.enter_context(_with_token(tree)) for tree in trees)
+        yield tuple(tree if tree.room or tree.layers else stack.enter_context(_with_token(tree)) for tree in trees)
 
 
 @contextlib.contextmanager
@@ -83,23 +93,45 @@ def _with_token(tree: Tree) -> Iterator[Tree]:
                 os.utime(tree.path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def answer(tree: Tree) -> TreeAnswer:
-    """The destination's part: look, and touch nothing."""
+def answer(tree: Tree, others: Iterable[str] = ()) -> TreeAnswer:
+    """The destination's part: look, and touch nothing. `others` are directories that may come too."""
     path = Path(tree.path)
+    if tree.layers is not None:
+        return _answer_layers(path, tree.layers, [one for one in others if one != tree.path])
     if tree.room:
-        above = next(one for one in path.parents if one.is_dir())
-        return TreeAnswer("free", free=shutil.disk_usage(above).free, rsync=rsync.here())
+        return TreeAnswer("free", free=_room(path), rsync=rsync.here())
     if tokens.sees(tree.token, tree.secret, tree.path):
         return TreeAnswer("shared")
+    return _taken(path) or TreeAnswer("free", free=_room(path), rsync=rsync.here())
+
+
+def _answer_layers(path: Path, known: Layers, others: list[str]) -> TreeAnswer:
+    for lower in known.lower:
+        if not Path(lower).is_dir() and not any(layers.below(lower, one) for one in others):
+            return TreeAnswer("taken", f"its lower directory {lower} is not there")
+    taken = (_taken(one) for one in (path, Path(known.upper), Path(known.work)))
+    return next(filter(None, taken), None) or TreeAnswer("free", free=_room(Path(known.upper)), rsync=rsync.here())
+
+
+def _taken(path: Path) -> TreeAnswer | None:
+    """Why something cannot be made in a place."""
     if os.path.lexists(path) and (not path.is_dir() or path.is_symlink() or any(path.iterdir())):
         return TreeAnswer("taken", f"{path} is there already")
     if path.is_mount():
         return TreeAnswer("taken", f"{path} is a mount there: what comes in gets its name by rename(2)")
-    above = next(one for one in path.parents if one.is_dir())
+    above = _above(path)
     status = above.stat()
     if status.st_uid != 0 or (status.st_mode & _OTHERS and not status.st_mode & stat.S_ISVTX):
         return TreeAnswer("taken", f"{above} there can be changed by others than root")
-    return TreeAnswer("free", free=shutil.disk_usage(above).free, rsync=rsync.here())
+    return None
+
+
+def _above(path: Path) -> Path:
+    return next(one for one in path.parents if one.is_dir())
+
+
+def _room(path: Path) -> int:
+    return shutil.disk_usage(_above(path)).free
 
 
 def hauled(trees: Iterable[Tree], answers: dict[str, TreeAnswer]) -> tuple[str, ...]:
@@ -116,7 +148,7 @@ def findings(trees: Iterable[Tree], answers: dict[str, TreeAnswer], there: str, 
             continue
         text = f"{tree.path} is not on storage that {there} sees"
         elsewhere = "keep it on storage that both hosts mount at the same place"
-        if tree.room:
+        if tree.room or (tree.layers is not None and (ship or known.state == "free")):
             yield _of_room(tree, known, there, ship=ship)
         elif not ship and known.state == "free":
             yield Finding("blocker", "tree-missing", text, f"{elsewhere}, or let phaul send it: --ship missing")
@@ -136,18 +168,25 @@ def findings(trees: Iterable[Tree], answers: dict[str, TreeAnswer], there: str, 
 
 
 def _of_room(tree: Tree, known: TreeAnswer, there: str, *, ship: bool) -> Finding:
-    """The same of a tree in a room, which no other storage can be given."""
+    """The same of a tree with much in it that the destination has, and for which there is no other storage."""
     text = f"what the container has written ({tree.path}) is not on {there}"
     if not ship:
         advice = "let phaul send it: --ship missing; or have it write nowhere but to volumes"
         return Finding("blocker", "tree-missing", text, advice)
     if tree.problem:
         return Finding("blocker", "tree-mounts", f"{text}, and cannot be sent: {tree.problem}", "unmount that")
+    if known.state == "taken":
+        advice = "have its image there under the same name, and nothing where it will be; or see to it yourself and say"
+        return Finding(
+            "blocker", "tree-in-the-way", f"{text}, and cannot be sent: {known.text}", f"{advice} --ship none"
+        )
     if not (known.rsync and rsync.here()):
         why = f"{text}: only rsync finds out what the runtime there lacks of it"
         return Finding("blocker", "tree-rsync", why, "install rsync on both hosts")
     if tree.size * _ROOM > known.free:
-        room = f"{text}: with its image it has {tree.size:,} bytes, and {known.free:,} are free there"
+        image = "with its image" if tree.layers is None else "without its image"
+        room = f"{text}: {image} it has {tree.size:,} bytes, and {known.free:,} are free there"
         return Finding("blocker", "tree-room", room, "make room there")
-    what = f"what the image there lacks of it will be sent ({tree.names:,} files, {tree.size:,} bytes in all)"
+    extent = "in all" if tree.layers is None else "have been written"
+    what = f"what the image there lacks of it will be sent ({tree.names:,} files, {tree.size:,} bytes {extent})"
     return Finding("warning", "tree-sent", text, what)

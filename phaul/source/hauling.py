@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 from phaul_engine.errors import EngineError
+from phaul_engine.proc.mountinfo import own_mounts
 
 from phaul import events
 from phaul.driver import blocking
 from phaul.events import Event
-from phaul.haul import beside
+from phaul.haul import beside, layers
 from phaul.haul.leaving import Leaving
 
 _BRIEF = 0.05  # seconds of a last round that may keep the loop waiting
@@ -34,6 +36,12 @@ class Hauling:
         self._by_rsync = by_rsync
         self._bandwidth = bandwidth
         self._leaving: Leaving | None = None
+        self._overlays = layers.among((path for path in trees if path not in rooms), own_mounts())
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the destination has to know."""
+        return {"hauled": self._trees, "layers": {path: asdict(known) for path, known in self._overlays.items()}}
 
     @property
     def active(self) -> bool:
@@ -42,7 +50,14 @@ class Hauling:
 
     def begin(self, send: Callable[[bytes], None], alive: Callable[[], None]) -> None:
         """There is a row: `send` takes letters, `alive` is told while something goes on."""
-        self._leaving = Leaving(self._trees, send, alive=alive, bandwidth=self._bandwidth, by_rsync=self._by_rsync)
+        self._leaving = Leaving(
+            self._trees,
+            send,
+            alive=alive,
+            bandwidth=self._bandwidth,
+            by_rsync=self._by_rsync,
+            overlays=self._overlays,
+        )
 
     def close(self) -> None:
         """Let go of the directories."""
@@ -93,5 +108,7 @@ class Hauling:
 
     def left_entries(self, pids: Iterable[int]) -> list[dict[str, Any]]:
         """For the journal: what is to be done with the directories when the tree is dead here."""
-        left = [path for path in self._trees if path not in self._rooms]
-        return [beside.left_entry(left, pids)] if left else []
+        left = [path for path in self._trees if path not in self._rooms and path not in self._overlays]
+        parts = [path for known in self._overlays.values() for path in (known.upper, known.work)]
+        left = [*(path for path in parts if not any(layers.below(path, tree) for tree in left)), *left]
+        return [beside.left_entry(left, pids, self._overlays)] if left else []

@@ -290,8 +290,8 @@ class SourceWorks:
             "program": _words(self._orders.root),
             "host": os.uname().nodename,
             "workload": self._orders.workload,
+            **self.haul.told,
         }
-        who["hauled"] = self._orders.hauled
         who["arbiter"] = bool(self.journal and self.journal.row.arbiter)
         there = [ahead.monotonic + self.clocks_ahead.monotonic, ahead.boottime + self.clocks_ahead.boottime]
         body = who | {"moved": self._orders.moved, "options": options, "clocks": there, "facts": self._orders.facts}

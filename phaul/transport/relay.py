@@ -23,7 +23,8 @@ from phaul.errors import PhaulError, UsageError
 from phaul.transport import hello as greeting
 from phaul.transport.control import StreamLink
 
-FEATURES: frozenset[str] = frozenset()  # abilities beyond protocol 1 that this phaul has
+LAYERS = "haul-layers"  # a file system of layers is mounted there, and filled (phaul.haul.overlay)
+FEATURES = frozenset({LAYERS})  # abilities beyond protocol 1 that this phaul has
 ROLES = ("source", "destination")
 
 _ID = re.compile(r"[0-9a-z][0-9a-z-]{7,63}")

@@ -34,6 +34,7 @@ from phaul_engine.proc.mountinfo import own_mounts
 
 from phaul.errors import PhaulError, UsageError
 from phaul.events import Finding
+from phaul.haul import layers
 from phaul.haul.places import NOWHERE, Places
 from phaul.journal import Task
 
@@ -121,7 +122,7 @@ class Oci(Workload):
     def examine(self, facts: dict[str, Any], hauled: Collection[str] = ()) -> list[Finding]:
         runtime, name = _named(facts)
         comes = str(facts.get("bundle")) in hauled
-        return [*_cannot(runtime), *_taken(runtime, name), *(() if comes else _other_bundle(facts, NOWHERE))]
+        return [*_cannot(runtime), *_taken(runtime, name), *(() if comes else _other_bundle(facts, NOWHERE, hauled))]
 
     def prepare(self, facts: dict[str, Any], note: Note, tracer: Tracer, places: Places = NOWHERE) -> Place:
         runtime, name = _named(facts)
@@ -205,11 +206,11 @@ def _root(bundle: str, config: dict[str, Any]) -> Path:
 
 
 def _trees(bundle: str, config: dict[str, Any]) -> Iterable[str]:
-    """The bundle, and the root file system if it is not in there."""
+    """The bundle, and the root file system if it is not in there, or one of layers."""
     place, root = os.path.normpath(bundle), os.path.normpath(_root(bundle, config))
     if not f"{place}/".startswith(f"{root}/"):
         yield place
-    if not f"{root}/".startswith(f"{place}/"):
+    if not f"{root}/".startswith(f"{place}/") or layers.of(root, own_mounts()) is not None:
         yield root
 
 
@@ -233,8 +234,8 @@ def _taken(runtime: Runtime, name: str) -> Iterable[Finding]:
         yield Finding("blocker", "oci-name", f"there is a container {name} there already", advice)
 
 
-def _other_bundle(facts: dict[str, Any], places: Places) -> Iterable[Finding]:
-    """Whether a bundle is here, is the same, and cannot be changed by anybody but root."""
+def _other_bundle(facts: dict[str, Any], places: Places, hauled: Collection[str] = ()) -> Iterable[Finding]:
+    """Whether a bundle is here, is the same, and cannot be changed by anybody but root. Its root may be `hauled`."""
     final = str(facts.get("bundle"))
     place = Path(final)
     advice = "keep bundles on storage that both hosts mount at the same place, or copy it there"
@@ -254,7 +255,7 @@ def _other_bundle(facts: dict[str, Any], places: Places) -> Iterable[Finding]:
         if hashlib.sha256(content).hexdigest() != facts.get("config"):
             yield Finding("blocker", "oci-bundle", f"{place / 'config.json'} there is another one", advice)
         root = Path(places.now(str(_root(final, config))))
-        if not root.is_dir():
+        if not root.is_dir() and os.path.normpath(root) not in hauled:
             yield Finding("blocker", "oci-bundle", f"there is no root file system {root} there", advice)
         yield from _hooked(bundle, config)
     except PhaulError as error:

@@ -156,7 +156,7 @@ def test_one_of_two_names_goes_away_while_rsync_looks(
     here = tmp_path / "here"
     (here / "file").write_text("content")
 
-    def send(*_: object) -> bool:
+    def send(*_: object, **__: object) -> bool:
         os.link(here / "file", here / "other")
         os.unlink(here / "other")
         return False

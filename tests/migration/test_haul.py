@@ -43,6 +43,10 @@ class Container:
         shutil.copy(build("filer", "-static"), root / "bin" / "filer")
         shutil.copy("/bin/busybox", root / "bin" / "busybox")
         make_something_of_everything(root / "some")
+        self.write_config(bundle)
+
+    def write_config(self, bundle: Path) -> None:
+        """What it is to run."""
         self.hosts.a.run(["sh", "-c", f"cd {PLACE} && runc spec"])
         path = bundle / "config.json"
         config = json.loads(path.read_text())
@@ -160,7 +164,7 @@ def _armed(hosts: Hosts, words: str) -> contextlib.AbstractContextManager[None]:
     return fault(hosts.a if words.startswith("source") else hosts.b, words)
 
 
-def _explained(hosts: Hosts) -> None:
+def explained(hosts: Hosts) -> None:
     """A keeper says in a log that its agent was killed; that is no trace of the migration."""
     for host in (hosts.a, hosts.b):
         for log in host.path("/run/phaul").glob("*.log"):
@@ -176,7 +180,7 @@ def test_what_fails_leaves_nothing_there(hosts: Hosts, one: Container, words: st
     assert _left(hosts.a) == ["web"]
     wait_until(lambda: (one.state(hosts.a), one.state(hosts.b)) == ("running", ""), "it is where it was", 30.0)
     one.goes_on(hosts.a)
-    _explained(hosts)
+    explained(hosts)
 
 
 @pytest.mark.parametrize("words", FINISHED)
@@ -187,7 +191,7 @@ def test_what_dies_after_the_commit_is_finished(hosts: Hosts, one: Container, wo
     wait_until(lambda: _left(hosts.a) == ["web.migrated"], f"the other is put aside: {_left(hosts.a)}", 60.0)
     wait_until(lambda: (one.state(hosts.a), one.state(hosts.b)) == ("", "running"), "it is there", 30.0)
     one.goes_on(hosts.b)
-    _explained(hosts)
+    explained(hosts)
 
 
 def test_what_is_found_before_anything_is_touched(hosts: Hosts, one: Container) -> None:

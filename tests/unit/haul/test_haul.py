@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from phaul_engine.namespaces.mnt import externals
 from phaul_engine.namespaces.mnt.judge import Host
 from phaul_engine.proc.mountinfo import parse_mounts
 
-from phaul.haul import arriving, rsync, trees, wire
+from phaul.haul import arriving, layers, rsync, trees, wire
+from phaul.haul.layers import Layers
 from phaul.haul.places import NOWHERE, Places
 from phaul.haul.trees import Tree, TreeAnswer
 from phaul.migration import Verdict
@@ -49,6 +51,48 @@ def test_what_is_found_of_a_room_of_the_runtime(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(rsync, "here", lambda: False)
     assert _checks(tree, free) == [("blocker", "tree-rsync")]
     assert trees.answer(Tree("/none/there", room=True)).state == "free"
+
+
+def _layers(options: str) -> Layers | None:
+    line = "30 1 0:40 / /a/web/rootfs rw,nosuid,relatime shared:5 - overlay over rw,{}\n"
+    other = "29 1 0:39 / /a/web/rootfs rw - tmpfs tmpfs rw\n"
+    return layers.of("/a/web/rootfs", parse_mounts((other + line.format(options)).encode()))
+
+
+def test_layers_of_a_mount() -> None:
+    places = "upperdir=/w/upper,workdir=/w/work"
+    known = _layers(f"lowerdir=/image/b:/image/a\\040a,{places},redirect_dir=on,uuid=on,nouserxattr")
+    assert known == Layers(
+        ("/image/b", "/image/a a"), "/w/upper", "/w/work", ("redirect_dir=on",), ("nosuid", "relatime")
+    )
+    assert known is not None
+    assert known.problem == ""
+    assert known.text == f"lowerdir=/image/b:/image/a a,{places},redirect_dir=on"
+    assert layers.checked({"/a": asdict(known)}) == {"/a": known}
+    assert layers.inside("/w", {"/a": known}) == ("upper", "work")
+    assert layers.inside("/w/upper", {"/a": known}) == ()
+    same = _layers(f"lowerdir+=/image/b,lowerdir+=/image/a\\040a,{places}")
+    assert same is not None
+    assert same.lower == known.lower
+    for options in (
+        "lowerdir=/image",
+        f"lowerdir=1:2,{places}",
+        f"lowerdir=/a::/b,{places}",
+        f"lowerdir=/a\\134:b,{places}",
+        "lowerdir=/a,upperdir=/w/upper,workdir=/elsewhere/work",
+        "lowerdir=/a,upperdir=/upper,workdir=/work",
+        f"lowerdir=/a,{places},verity=on",
+        f"lowerdir=/{'a' * 4000},{places}",
+    ):
+        found = _layers(options)
+        assert found is not None
+        assert found.problem, options
+        with pytest.raises(EngineError):
+            layers.checked({"/a": asdict(found)})
+    assert layers.of("/a/web", ()) is None
+    for nonsense in ({"/a": 5}, {"/a": {"colour": "red"}}, "text"):
+        with pytest.raises(EngineError):
+            layers.checked(nonsense)
 
 
 @root_only
