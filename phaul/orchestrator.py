@@ -70,7 +70,8 @@ class _Hosts:
 @dataclass
 class _Examined:
     """What both hosts have answered. `missing` are files to be sent before, `carried` the directories whose written
-    files go with the program, `hauled` those that go as a whole, `rsync` whether that has both."""
+    files go with the program, `hauled` those that go as a whole, `rsync` whether both hosts have that, `subvolumes`
+    those that both have on btrfs."""
 
     pid: int
     findings: list[Finding]
@@ -78,6 +79,7 @@ class _Examined:
     carried: tuple[str, ...] = ()
     hauled: tuple[str, ...] = ()
     rsync: bool = False
+    subvolumes: tuple[str, ...] = ()
 
 
 async def migrate(order: Order, settings: Settings, sink: Sink) -> Result:
@@ -99,7 +101,8 @@ async def migrate(order: Order, settings: Settings, sink: Sink) -> Result:
             if findings and not order.confirm(tuple(findings)):
                 raise CancelledError("called off because of warnings", where="it runs here, untouched")
             request = _request(migration, order, settings, hosts, wishes)
-            request = replace(request, carried=examined.carried, hauled=examined.hauled, rsync=examined.rsync)
+            request = replace(request, carried=examined.carried, hauled=examined.hauled)
+            request = replace(request, rsync=examined.rsync, subvolumes=examined.subvolumes)
             async with _shipped(examined.missing, hosts, sink) as kept:
                 result = await _run(request, hosts, settings, sink, interrupts)
                 kept.set_result(result.outcome not in _STAYED)
@@ -192,7 +195,8 @@ async def _examine(migration: str, order: Order, settings: Settings, hosts: _Hos
         return _Examined(program.pid, findings)
     carried = {os.path.dirname(file.path) for file in unshared(program.questions, answers)}
     rsync = bool(hauled) and all(answers.trees[path].rsync for path in hauled)
-    return _Examined(program.pid, findings, missing, tuple(sorted(carried)), hauled, rsync)
+    subvolumes = trees.subvolumes(program.questions.trees, answers.trees, hauled)
+    return _Examined(program.pid, findings, missing, tuple(sorted(carried)), hauled, rsync, subvolumes)
 
 
 async def _policies(

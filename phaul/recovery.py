@@ -33,7 +33,7 @@ from phaul_engine.objects import carried_file, last_words, sysv_shm
 from phaul import asking, logs, migration, workloads
 from phaul.errors import ArbiterError, JournalError, LostRaceError, OverruledError, PhaulError
 from phaul.haul import beside as haul
-from phaul.haul import overlay
+from phaul.haul import btrfs, overlay
 from phaul.journal import Journal, Row, Store, Task, Undo
 from phaul.migration import (
     Broken,
@@ -91,6 +91,7 @@ HANDLERS: dict[str, Handler] = {
     carried_file.LEFT_KIND: Handler(carried_file.mark),
     haul.KIND: Handler(haul.discard, haul.publish),
     haul.LEFT_KIND: Handler(haul.put_aside),
+    btrfs.KIND: Handler(btrfs.forget),
     overlay.KIND: Handler(overlay.discard, overlay.publish),
     plug.KIND: Handler(lambda data: None, plug.redo),  # an outer end goes with the inner one
     last_words.KIND: Handler(lambda data: None, last_words.redo),  # of a discarded copy nothing is left

@@ -63,6 +63,7 @@ class Request:
     carried: tuple[str, ...] = ()  # directories whose written files are sent
     hauled: tuple[str, ...] = ()  # directories that are sent as a whole
     rsync: bool = False  # the other host has it
+    subvolumes: tuple[str, ...] = ()  # of those directories, those that both hosts have on btrfs
 
     @property
     def pid(self) -> int | None:

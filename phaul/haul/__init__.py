@@ -7,6 +7,7 @@
     content.py   what files hold: runs of data, blocks that have changed
     leaving.py   the source: rounds, the last of which is in the freeze
     rsync.py     the first round, by rsync where both hosts have it
+    btrfs.py     the first round of a subvolume, by snapshots, where both hosts have btrfs
     wire.py      the letters in which all of that travels
     arriving.py  the destination: a directory beside the final place, which gets its name after the commit
     overlay.py   the destination: an overlay, mounted over what comes in

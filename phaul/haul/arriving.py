@@ -19,7 +19,7 @@ from phaul_engine.errors import EngineError
 
 from phaul.errors import PhaulError
 
-from . import beside, overlay, rsync, wire
+from . import beside, btrfs, overlay, rsync, wire
 from .layers import Layers
 from .places import Places
 from .wire import Record, Tag
@@ -58,7 +58,7 @@ class Arriving:
 
         self._trees = [make(path) for path in trees]
         self._reply = reply
-        self._server: rsync.Server | None = None
+        self._server: rsync.Server | btrfs.Receiver | None = None
         self.complete = False
 
     @property
@@ -91,6 +91,10 @@ class Arriving:
                 self._end_server()
                 self._tree(said).begin()
                 self._server = self._tree(said).take_by(str(said.get("words")), self._reply)
+            case Tag.BTRFS:
+                said = wire.fields(content)
+                self._end_server()
+                self._server = self._tree(said).take_copy(str(said.get("name", "")), self._reply)
             case Tag.STREAM if self._server is not None:
                 self._server.take(content)
                 if not content:
@@ -146,6 +150,7 @@ class _Tree:
         self.final = final
         self.staged = staged
         self._fd = -1
+        self._inbox = btrfs.Inbox(staged)
         self._parent: tuple[str, int] = ("", -1)
         self._unsynced: set[str] | None = set()  # names; None if there are too many
         self._closing = threading.Lock()
@@ -209,6 +214,18 @@ class _Tree:
         """Have rsync take what comes."""
         self._unsynced = None
         return rsync.Server(words, self.staged, reply)
+
+    def take_copy(self, name: str, reply: Callable[[bytes], None]) -> btrfs.Receiver | None:
+        """Have btrfs take a snapshot that comes. Without a name: all have come."""
+        if name:
+            return self._inbox.receive(name, reply)
+        with self._closing:
+            os.close(self._fd)
+            self._fd = -1
+            self._inbox.settle()
+            self._fd = os.open(self.staged, _PLACE | os.O_CLOEXEC)
+        self._unsynced = None
+        return None
 
     # -- records ---------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 
 from phaul_engine.namespaces.mnt import api
 from phaul_engine.proc import lives
+
+from . import btrfs
 
 KIND, LEFT_KIND = "haul", "haul-left"
 """Of journal entries: what has come, and what is left."""
@@ -45,6 +46,7 @@ def entry(final: str, staged: str, made: Iterable[str]) -> dict[str, Any]:
 def discard(data: dict[str, Any]) -> None:
     """It never runs here: nothing of it is left. OSError if something cannot be removed. An rsync that was started for
     an agent that is dead may still be ending."""
+    remove(btrfs.inbox_name(str(data["staged"])))
     remove(str(data["staged"]))
     for directory in (str(data["final"]), *reversed(data["made"])):
         with contextlib.suppress(OSError):
@@ -56,7 +58,7 @@ def remove(staged: str) -> None:
     deadline = time.monotonic() + _ENDING
     while os.path.lexists(staged):
         try:
-            shutil.rmtree(staged)
+            btrfs.remove(staged)
         except OSError:
             if time.monotonic() > deadline:
                 raise
@@ -105,7 +107,7 @@ def put_aside(data: dict[str, Any]) -> None:
         if os.path.lexists(aside):
             if not _ours(aside):
                 continue
-            shutil.rmtree(aside)
+            btrfs.remove(aside)
         with contextlib.suppress(OSError):  # a file system without such attributes: nobody removes it later
             os.setxattr(path, MARK, b"")
         os.rename(path, aside)

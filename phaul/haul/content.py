@@ -55,6 +55,12 @@ class Blocks:
         self._hashes: dict[int, bytes] = {}
         self._known = False
 
+    def learn(self, fd: int, size: int) -> None:
+        """The destination has the same as this file."""
+        for number, _ in _blocks(runs(fd, size)):
+            self._hashes[number] = _hash(os.pread(fd, BLOCK, number * BLOCK))
+        self._known = True
+
     def send(self, fd: int, path: str, size: int, outbox: Outbox, *, fresh: bool, tree: int) -> None:
         """Send what is other than there; `fresh` if nothing is there."""
         outbox.put(op="put", tree=tree, path=path, size=size)
@@ -79,7 +85,7 @@ class Blocks:
         """Holes in it stay, or become, holes there."""
         begin = number * BLOCK
         block = os.pread(fd, BLOCK, begin)
-        digest = hashlib.sha256(block).digest()[:_DIGEST]
+        digest = _hash(block)
         if self._hashes.get(number) == digest:
             return
         self._hashes[number] = digest
@@ -87,6 +93,10 @@ class Blocks:
             _hole(path, number, number + 1, outbox, tree)
         for first, last in ranges:
             outbox.put(block[first - begin : last - begin], op="data", tree=tree, path=path, offset=first)
+
+
+def _hash(block: bytes) -> bytes:
+    return hashlib.sha256(block).digest()[:_DIGEST]
 
 
 def _blocks(found: Iterable[tuple[int, int]]) -> Iterator[tuple[int, list[tuple[int, int]]]]:

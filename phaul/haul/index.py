@@ -67,6 +67,8 @@ class Index:
         self._doubtful: set[str] = set()  # what it made of these is not known
         self._adopting = False
         self._lost = False
+        self._followed: set[str] = set()  # directories that were watched before a copy was taken
+        self._copy = ""
 
     def close(self) -> None:
         """Stop watching."""
@@ -102,12 +104,53 @@ class Index:
                     work += os.lstat(self._place(path)).st_blocks * 512 / BLOCK
         return work
 
+    def follow(self, go_on: Callable[[], None]) -> None:
+        """Watch all directories. A copy of the tree that is taken afterwards can be adopted."""
+        self._restart()
+        self._followed = {""}
+        waiting = [""]
+        while waiting:
+            go_on()
+            directory = waiting.pop()
+            with contextlib.suppress(*_GONE):
+                self._watch.add(directory)
+                self._followed.add(directory)
+                waiting += [join(directory, name) for name, one in self._list(directory) if stat.S_ISDIR(one.st_mode)]
+
+    def adopt_copy(self, copy: str, go_on: Callable[[], None]) -> None:
+        """Note all that is in a copy of the tree, with the same inode numbers, as sent: it was taken after `follow`. A
+        directory that came in between is not watched, and will be sent anew. Until `leave_copy` large files are
+        compared with those in there."""
+        self._copy = copy
+        waiting = [""]
+        while waiting:
+            go_on()
+            directory = waiting.pop()
+            with os.scandir(f"{copy}/{directory}") as entries:
+                found = [(join(directory, entry.name), entry.stat(follow_symlinks=False)) for entry in entries]
+            for path, status in found:
+                if stat.S_ISDIR(status.st_mode) and path not in self._followed:
+                    self._doubtful.add(path)
+                    self._touched[path] = True
+                    continue
+                self._note(path, Sent.of(status)._replace(inode=(self._device, status.st_ino)))
+                if stat.S_ISDIR(status.st_mode):
+                    waiting.append(path)
+
+    def leave_copy(self) -> None:
+        """The copy will not be there any more."""
+        self._copy = ""
+
+    def _restart(self) -> None:
+        self.look()
+        self._sent, self._names, self._touched, self._moved, self._lost = {}, {}, {}, set(), False
+
     def adopt(self, go_on: Callable[[], None]) -> list[str]:
         """Note everything as sent, and watch it: from now on whatever is touched is sent again. For the round that
         another program sends, all but what is returned: what is not sent, and large files with holes, which it would
         fill. `go_on` is called now and then, and may end it by raising."""
         holes = list(self._without)
-        self._sent, self._names, self._touched, self._moved, self._lost = {}, {}, {}, set(), False
+        self._restart()
         self._adopting = True
         self._watch.add("")
         waiting = [""]
@@ -120,7 +163,7 @@ class Index:
                     holes.append(path)
                     self._touched[path] = True
                     continue
-                self._note(path, status, Sent.of(status))
+                self._note(path, Sent.of(status))
                 if not stat.S_ISREG(status.st_mode) and abs(time.time() - status.st_mtime) < _RECENT:
                     self._touched[path] = False
                 if stat.S_ISDIR(status.st_mode):
@@ -255,7 +298,7 @@ class Index:
             if before is not None:
                 self._forget(path)
             outbox.put(op="put", tree=self.number, path=path, make="new", kind=stat.S_IFDIR)
-        self._note(path, status, Sent.of(status))
+        self._note(path, Sent.of(status))
         self._directories.add(path)
         if fresh and below:
             for _ in self._below(path, outbox, touched):
@@ -297,12 +340,31 @@ class Index:
             else:
                 if made:
                     outbox.put(**fields)
-                blocks = self._blocks.setdefault(now.inode, Blocks())
+                blocks = self._known_blocks(now.inode, path, fresh="kind" in made)
                 blocks.send(fd, path, status.st_size, outbox, fresh="kind" in made, tree=self.number)
                 outbox.put(op="put", tree=self.number, path=path, meta=self._meta(fd, status))
-            self._note(path, status, now)
+            self._note(path, now)
         finally:
             os.close(fd)
+
+    def _known_blocks(self, inode: tuple[int, int], path: str, *, fresh: bool) -> Blocks:
+        """What the destination has of a large file."""
+        if inode not in self._blocks:
+            self._blocks[inode] = Blocks()
+            if self._copy and not fresh:
+                self._learn(self._blocks[inode], inode[1], path)
+        return self._blocks[inode]
+
+    def _learn(self, blocks: Blocks, inode: int, path: str) -> None:
+        """From the copy that it has, where the file had that name then."""
+        with contextlib.suppress(*_GONE, OSError):
+            fd = os.open(f"{self._copy}/{path}", _READ)
+            try:
+                status = os.fstat(fd)
+                if status.st_ino == inode and stat.S_ISREG(status.st_mode):
+                    blocks.learn(fd, status.st_size)
+            finally:
+                os.close(fd)
 
     def _other(self, path: str, status: os.stat_result, fresh: bool, outbox: Outbox) -> None:
         """A link, a device, a fifo, the name of a socket. They cannot be changed, only replaced."""
@@ -319,7 +381,7 @@ class Index:
                 fields |= {"target": os.readlink(place)} if kind == stat.S_IFLNK else {"device": status.st_rdev}
         meta = self._meta(place, status)
         outbox.put(op="put", tree=self.number, path=path, **fields, meta=meta)
-        self._note(path, status, Sent.of(status))
+        self._note(path, Sent.of(status))
 
     def _finish(self, outbox: Outbox) -> None:
         """Directories last: what is made in them changes their times."""
@@ -394,7 +456,7 @@ class Index:
         found = self._lookup(path)
         return found if found is not None and found.kind == stat.S_IFDIR else None
 
-    def _note(self, path: str, status: os.stat_result, sent: Sent) -> None:
+    def _note(self, path: str, sent: Sent) -> None:
         directory, name = os.path.split(path)
         before = self._lookup(path)
         if before is not None and before.inode != sent.inode:
@@ -435,9 +497,10 @@ def _rests(known: Sent | None, now: Sent) -> bool:
     return (known.size, known.times[0]) == (now.size, now.times[0])
 
 
-def count(root: str, without: Iterable[str] = ()) -> tuple[int, int]:
-    """How many names are below a directory, but `without` some, and how many bytes they take on its disk."""
-    names = size = 0
+def count(root: str, without: Iterable[str] = ()) -> tuple[int, int, str]:
+    """How many names are below a directory, but `without` some, and how many bytes they take on its disk; and a
+    directory in it that is on another one, if there is one."""
+    names, size, foreign = 0, 0, ""
     device = os.lstat(root).st_dev
     waiting: list[str] = [root]
     left_out = {f"{root}/{path}" for path in without}
@@ -447,12 +510,17 @@ def count(root: str, without: Iterable[str] = ()) -> tuple[int, int]:
                 for entry in entries:
                     with contextlib.suppress(*_GONE):
                         status = entry.stat(follow_symlinks=False)
-                        if status.st_dev == device and entry.path not in left_out:
-                            names, size = names + 1, size + status.st_blocks * 512
-                            if stat.S_ISDIR(status.st_mode):
-                                waiting.append(entry.path)
+                        if entry.path in left_out:
+                            continue
+                        names, size = names + 1, size + status.st_blocks * 512
+                        if not stat.S_ISDIR(status.st_mode):
+                            continue
+                        if status.st_dev == device:
+                            waiting.append(entry.path)
+                        else:
+                            foreign = entry.path
         except _GONE:
             continue
         except PermissionError as error:
             raise PhaulError(f"{error.filename} cannot be read") from error
-    return names, size
+    return names, size, foreign

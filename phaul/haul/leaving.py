@@ -7,6 +7,8 @@ follow the file. All methods block, and belong into a thread, but `take` and `st
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
 import queue
 import time
@@ -16,13 +18,18 @@ from phaul_engine.errors import EngineError
 
 from phaul.errors import PhaulError
 
-from . import layers, rsync, wire
+from . import btrfs, layers, rsync, wire
 from .index import Index
 from .layers import Layers
 from .wire import Outbox, Tag
 
+log = logging.getLogger(__name__)
+
 _LOOK = 0.2  # seconds between two looks whether to go on
 _TRIES = 3  # of rsync, where too much happens meanwhile
+_SNAPSHOTS = 5  # of a subvolume, at most
+_SOON = 1.0  # seconds: what has changed while a snapshot was sent for no longer than that is left to the rounds
+_ENOUGH = 0.5  # of the time that the one before took: so does what takes longer than that
 _PATIENCE = 60.0  # seconds for a word from there
 _PACE = 5e-4  # seconds a unit of work, until this run has measured something
 _TELLING = 50  # units of work in a pass that tells
@@ -30,7 +37,8 @@ _TELLING = 50  # units of work in a pass that tells
 
 class Leaving:
     """The trees of one migration. `send` takes a letter for the destination; `alive` is told while something goes on.
-    `bandwidth` in bytes a second, 0 for no limit. Trees in `overlays` are file systems of layers."""
+    `bandwidth` in bytes a second, 0 for no limit. Trees in `overlays` are file systems of layers;
+    those in `subvolumes` are sent by btrfs at first, with snapshots whose names begin with what is said."""
 
     def __init__(
         self,
@@ -41,6 +49,7 @@ class Leaving:
         bandwidth: int = 0,
         by_rsync: bool = False,
         overlays: Mapping[str, Layers] | None = None,
+        subvolumes: Mapping[str, str] | None = None,
     ) -> None:
         overlays = overlays or {}
         self._indexes = [
@@ -51,6 +60,7 @@ class Leaving:
         self._alive = alive
         self._bandwidth = bandwidth
         self._by_rsync = by_rsync
+        self._subvolumes = dict(subvolumes or {})
         self._stopped = False
         self._words: queue.SimpleQueue[tuple[Tag, bytes]] = queue.SimpleQueue()
         self._number = 0
@@ -92,12 +102,46 @@ class Leaving:
     def first(self) -> None:
         """Everything. What is touched meanwhile goes with the next round."""
         self._first = time.monotonic()
-        for index in self._indexes:
-            if self._by_rsync:
+        with contextlib.ExitStack() as copies:
+            plain = [index for index in self._indexes if not self._first_by_btrfs(index, copies)]
+            for index in plain if self._by_rsync else ():
                 self._first_by_rsync(index)
-        if not self._by_rsync:
-            self._pass(lambda index, outbox: index.everything(outbox))
-        self.round()
+            if not self._by_rsync:
+                self._pass(lambda index, outbox: index.everything(outbox) if index in plain else iter(()))
+            self.round()
+
+    def _first_by_btrfs(self, index: Index, copies: contextlib.ExitStack) -> bool:
+        """Snapshots, one after the other while that takes long. The last one is kept by `copies`. False where there can
+        be none."""
+        prefix, parent, before = self._subvolumes.get(index.root, ""), "", math.inf
+
+        def send(letter: bytes) -> None:
+            index.look()
+            self._paced_send(letter)
+
+        if not prefix:
+            return False
+        copies.callback(_forget, prefix)
+        for number in range(_SNAPSHOTS):
+            index.follow(self._go_on)
+            copy = f"{prefix}{number}"
+            try:
+                btrfs.snapshot(index.root, copy, writable=False)
+            except PhaulError as error:
+                if parent:
+                    raise
+                log.warning("%s", error)
+                return False
+            self._begun, self._paced = time.monotonic(), 0
+            btrfs.send(index.number, copy, parent, send, self._word, self._go_on)
+            took, parent = time.monotonic() - self._begun, copy
+            if took < _SOON or took > before * _ENOUGH:
+                break
+            before = took
+        self._send(wire.letter(Tag.BTRFS, {"tree": index.number}))
+        copies.callback(index.leave_copy)
+        index.adopt_copy(parent, self._go_on)
+        return True
 
     def _first_by_rsync(self, index: Index) -> None:
         def send(letter: bytes) -> None:
@@ -197,6 +241,12 @@ class Leaving:
                     raise EngineError(f"the destination sent files' {tag.name} where it makes no sense")
                 return body
         raise PhaulError("the destination does not say that files have come", advice="is its disk busy? try again")
+
+
+def _forget(prefix: str) -> None:
+    """Snapshots are in nobody's way: those that stay go in the end, by the journal."""
+    with contextlib.suppress(OSError):
+        btrfs.forget({"prefix": prefix})
 
 
 def mapped(pids: Iterable[int]) -> set[int]:

@@ -17,6 +17,7 @@ from phaul_engine.calls import system_call
 from phaul_engine.errors import EngineError
 from phaul_engine.namespaces.mnt import api, filesystems
 from phaul_engine.objects import places as namespaces
+from phaul_engine.proc.mountinfo import own_mounts
 from phaul_engine.syscalls import NR
 
 from . import beside
@@ -108,8 +109,9 @@ def _bind(mount: int, place: str) -> None:
 
 def discard(data: dict[str, Any]) -> None:
     """It never runs here: nothing of it is left. OSError if something cannot be removed."""
-    while os.path.ismount(data["at"]):
-        api.detach(data["at"])
+    for mount in own_mounts():
+        if mount.point == data["at"]:
+            api.detach(data["at"])
     if data["beside"]:
         beside.remove(str(data["beside"]))
     for directory in reversed(data["made"]):

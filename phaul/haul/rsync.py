@@ -99,7 +99,7 @@ def send(
             _exchange(process, ours, letter, word)
             status = process.wait()
         finally:
-            _end(process)
+            end(process)
         if status not in (0, _VANISHED):
             complaints.seek(0)
             text = complaints.read().decode(errors="replace").strip()[:300]  # what came later may come of it
@@ -127,7 +127,7 @@ def _exchange(
             return
         except Exception as error:  # goes on in the caller
             problems.append(error)
-            _end(process)
+            end(process)
         finally:
             with contextlib.suppress(OSError):
                 stream.shutdown(socket.SHUT_WR)
@@ -146,7 +146,7 @@ def _exchange(
                 break
         letter(wire.letter(Tag.STREAM))
     except BaseException:
-        _end(process)
+        end(process)
         raise
     finally:
         thread.join()
@@ -154,8 +154,8 @@ def _exchange(
         raise problems[0]
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """It, and the shell that it has started, are gone afterwards."""
+def end(process: subprocess.Popen[bytes]) -> None:
+    """A process, and what it has started in its session, are gone afterwards."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -199,7 +199,7 @@ class Server:
 
     def close(self) -> None:
         """End it."""
-        _end(self._process)
+        end(self._process)
         self._thread.join()
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ from phaul_engine.proc.mountinfo import own_mounts
 from phaul import tokens
 from phaul.events import Finding
 
-from . import beside, index, layers, rsync
+from . import beside, btrfs, index, layers, rsync
 from .layers import Layers
 
 State: TypeAlias = Literal["shared", "free", "taken"]
@@ -30,7 +30,8 @@ class Tree:
     """A directory that the workload lives on. `token` is the name of a file in it with `secret`; `names` and `size`
     (bytes) are what would be sent. `problem` is why it cannot be. A tree with a `room` is a file system that its
     runtime has mounted for it, and will have mounted somewhere at the destination, with much of the same in it. One
-    with `layers` is a file system of those, which is mounted there by us; what was written to it is counted."""
+    with `layers` is a file system of those, which is mounted there by us; what was written to it is counted. A
+    `subvolume` is one of btrfs that can be sent."""
 
     path: str
     names: int = 0
@@ -40,16 +41,19 @@ class Tree:
     problem: str = ""
     room: bool = False
     layers: Layers | None = None
+    subvolume: bool = False
 
 
 @dataclass(frozen=True)
 class TreeAnswer:
-    """What the destination has in its place, and the bytes that are free there. `rsync`: it has the program."""
+    """What the destination has in its place, and the bytes that are free there. `rsync`: it has the program. `btrfs`:
+    the place is on that, and takes subvolumes."""
 
     state: State
     text: str = ""
     free: int = 0
     rsync: bool = False
+    btrfs: bool = False
 
 
 def describe(path: str, *, counted: bool, room: bool = False, overlays: Mapping[str, Layers] | None = None) -> Tree:
@@ -64,8 +68,14 @@ def describe(path: str, *, counted: bool, room: bool = False, overlays: Mapping[
         return Tree(path, problem=problem, layers=known)
     if known is not None and known.problem:
         return Tree(path, problem=known.problem, layers=known)
-    counts = index.count(path, layers.inside(path, overlays)) if known is None else index.count(known.upper)
-    return Tree(path, *counts, room=room, layers=known)
+    points = [point[len(path) + 1 :] for point in overlays if layers.below(point, path)]
+    top, without = (known.upper, []) if known is not None else (path, [*layers.inside(path, overlays), *points])
+    names, size, foreign = index.count(top, without)
+    if foreign:
+        problem = f"{foreign} is a subvolume of its own in it, and only what is on one file system is sent"
+        return Tree(path, problem=problem, room=room, layers=known)
+    subvolume = known is None and not room and not without and btrfs.can_send(path)
+    return Tree(path, names, size, room=room, layers=known, subvolume=subvolume)
 
 
 def _mounted_inside(path: str, known: Container[str]) -> str:
@@ -102,7 +112,8 @@ def answer(tree: Tree, others: Iterable[str] = ()) -> TreeAnswer:
         return TreeAnswer("free", free=_room(path), rsync=rsync.here())
     if tokens.sees(tree.token, tree.secret, tree.path):
         return TreeAnswer("shared")
-    return _taken(path) or TreeAnswer("free", free=_room(path), rsync=rsync.here())
+    ready = btrfs.can_take(str(_above(path)))
+    return _taken(path) or TreeAnswer("free", free=_room(path), rsync=rsync.here(), btrfs=ready)
 
 
 def _answer_layers(path: Path, known: Layers, others: list[str]) -> TreeAnswer:
@@ -118,7 +129,8 @@ def _taken(path: Path) -> TreeAnswer | None:
     if os.path.lexists(path) and (not path.is_dir() or path.is_symlink() or any(path.iterdir())):
         return TreeAnswer("taken", f"{path} is there already")
     if path.is_mount():
-        return TreeAnswer("taken", f"{path} is a mount there: what comes in gets its name by rename(2)")
+        text = f"{path} is a mount or a subvolume there: what comes in gets its name by rename(2)"
+        return TreeAnswer("taken", text)
     above = _above(path)
     status = above.stat()
     if status.st_uid != 0 or (status.st_mode & _OTHERS and not status.st_mode & stat.S_ISVTX):
@@ -138,6 +150,12 @@ def hauled(trees: Iterable[Tree], answers: dict[str, TreeAnswer]) -> tuple[str, 
     """Those that have to be sent, and can be."""
     found = ((tree.path, answers.get(tree.path)) for tree in trees)
     return tuple(path for path, known in found if known is not None and known.state == "free")
+
+
+def subvolumes(trees: Iterable[Tree], answers: dict[str, TreeAnswer], hauled: Iterable[str]) -> tuple[str, ...]:
+    """Those of them that btrfs sends at first."""
+    able = {tree.path for tree in trees if tree.subvolume and answers[tree.path].btrfs}
+    return tuple(path for path in hauled if path in able)
 
 
 def findings(trees: Iterable[Tree], answers: dict[str, TreeAnswer], there: str, *, ship: bool) -> Iterator[Finding]:

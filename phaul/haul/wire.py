@@ -36,7 +36,8 @@ class Tag(enum.IntEnum):
     DONE = 2  # destination: JSON: a pass has been applied
     COMPLETE = 3  # source: all trees are there, as they were a moment ago: what lives on them can be made
     RSYNC = 4  # source: JSON: run rsync for a tree, with these words
-    STREAM = 5  # both: what rsync says to rsync; empty: it has ended
+    STREAM = 5  # both: what rsync says to rsync, or what btrfs sends; empty: it has ended
+    BTRFS = 6  # source: JSON: take a snapshot of this name in for a tree; without a name: the last one is the tree
 
 
 class Record(NamedTuple):

@@ -391,6 +391,7 @@ def _orders(request: Request, found: workloads.Found) -> Orders:
         hauled=request.hauled,
         rooms=found.rooms,
         rsync=request.rsync and rsync.here(),
+        subvolumes=request.subvolumes,
         options={
             **found.options,
             "tcp": wishes.tcp,

@@ -12,31 +12,23 @@ from phaul_engine.proc.mountinfo import own_mounts
 from phaul import events
 from phaul.driver import blocking
 from phaul.events import Event
-from phaul.haul import beside, layers
+from phaul.haul import beside, btrfs, layers
 from phaul.haul.leaving import Leaving
+from phaul.journal import Undo
+from phaul.source.orders import Orders
 
 _BRIEF = 0.05  # seconds of a last round that may keep the loop waiting
 
 
 class Hauling:
-    """The directories `trees`; those in `rooms` are the runtime's, and stay where they are."""
+    """The directories that the operator's `orders` name."""
 
-    def __init__(
-        self,
-        trees: tuple[str, ...],
-        report: Callable[[Event], None],
-        *,
-        rooms: tuple[str, ...],
-        by_rsync: bool,
-        bandwidth: int,
-    ) -> None:
-        self._trees = trees
-        self._rooms = rooms
+    def __init__(self, orders: Orders, report: Callable[[Event], None]) -> None:
+        self._orders = orders
+        self._trees = orders.hauled
         self._report = report
-        self._by_rsync = by_rsync
-        self._bandwidth = bandwidth
         self._leaving: Leaving | None = None
-        self._overlays = layers.among((path for path in trees if path not in rooms), own_mounts())
+        self._overlays = layers.among((path for path in self._trees if path not in orders.rooms), own_mounts())
 
     @property
     def told(self) -> dict[str, Any]:
@@ -48,16 +40,19 @@ class Hauling:
         """Whether anything goes along."""
         return bool(self._trees)
 
-    def begin(self, send: Callable[[bytes], None], alive: Callable[[], None]) -> None:
-        """There is a row: `send` takes letters, `alive` is told while something goes on."""
+    def begin(self, migration: str, send: Callable[[bytes], None], alive: Callable[[], None]) -> tuple[Undo, ...]:
+        """`send` takes letters, `alive` is told while something goes on. Returned is what the row must hold before
+        the first round."""
         self._leaving = Leaving(
             self._trees,
             send,
             alive=alive,
-            bandwidth=self._bandwidth,
-            by_rsync=self._by_rsync,
+            bandwidth=self._orders.wanted.bandwidth,
+            by_rsync=self._orders.rsync,
             overlays=self._overlays,
+            subvolumes={path: btrfs.prefix(path, migration) for path in self._orders.subvolumes},
         )
+        return tuple(Undo(**btrfs.entry(path, migration)) for path in self._orders.subvolumes)
 
     def close(self) -> None:
         """Let go of the directories."""
@@ -108,7 +103,7 @@ class Hauling:
 
     def left_entries(self, pids: Iterable[int]) -> list[dict[str, Any]]:
         """For the journal: what is to be done with the directories when the tree is dead here."""
-        left = [path for path in self._trees if path not in self._rooms and path not in self._overlays]
+        left = [path for path in self._trees if path not in self._orders.rooms and path not in self._overlays]
         parts = [path for known in self._overlays.values() for path in (known.upper, known.work)]
         left = [*(path for path in parts if not any(layers.below(path, tree) for tree in left)), *left]
         return [beside.left_entry(left, pids, self._overlays)] if left else []

@@ -20,7 +20,8 @@ class Orders:
     """What the operator wants of the source. `moved` are ADDR/PREFIX@DEV, as the destination has them; `options` are
     the engine's (`tcp`, ...), `workload` and `facts` say what runtime knows the program, and how. `peer` is the
     destination in the operator's words, `keep_images` a directory or empty. `hauled` are directories that go along, the
-    first round by `rsync` if the destination has it; those in `rooms` the runtime here looks after."""
+    first round by `rsync` if the destination has it; those in `rooms` the runtime here looks after. Those in
+    `subvolumes` go by btrfs."""
 
     root: int
     wanted: Wanted
@@ -37,6 +38,7 @@ class Orders:
     hauled: tuple[str, ...] = ()
     rooms: tuple[str, ...] = ()
     rsync: bool = False
+    subvolumes: tuple[str, ...] = ()
 
 
 def open_register(migration: str, report: Callable[[Event], None]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,7 @@ class SourceWorks:
         self._survey: Collection | None = None
         self._cgroup: cgroup.Hold | None = None
         self._network: _Network | None = None
-        self.haul = Hauling(
-            orders.hauled, report, rooms=orders.rooms, by_rsync=orders.rsync, bandwidth=orders.wanted.bandwidth
-        )
+        self.haul = Hauling(orders, report)
         self._cleanup.callback(self.haul.close)
         self._survey_seconds = _FIXED_GUESS
         self.attempts = 0
@@ -231,7 +230,7 @@ class SourceWorks:
         self._prepare_network()
         self._send_settings()
         if self._orders.hauled:
-            self.haul.begin(lambda letter: self.direct.send(Kind.HAUL, letter), self.alive)
+            self.journal.note(undo=self.haul.begin(self.migration, partial(self.direct.send, Kind.HAUL), self.alive))
         else:
             self._announce(Kind.SURVEY, self.survey.checkpoint)
         threads = sum(len(process.threads) for process in read_tree(self._orders.root))

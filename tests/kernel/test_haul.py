@@ -18,7 +18,7 @@ import pytest
 from phaul_engine.errors import EngineError
 
 from phaul.errors import PhaulError
-from phaul.haul import beside, content, index, rsync, watch, wire
+from phaul.haul import beside, btrfs, content, index, rsync, watch, wire
 from phaul.haul.arriving import Arriving
 from phaul.haul.leaving import Leaving
 from tests.hosts.files import describe, make_something_of_everything
@@ -36,13 +36,18 @@ class Pair:
     here: Path
     there: Path
     by_rsync: bool = False
+    subvolume: bool = False
+    stop_at: int = 1 << 62
     passed: list[int] = field(default_factory=list)
     problems: list[BaseException] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._letters: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self.arriving = Arriving([str(self.there)], "test", lambda body: self.leaving.take(body))
-        self.leaving = Leaving([str(self.here)], self._send, alive=self._alive, by_rsync=self.by_rsync)
+        names = {str(self.here): btrfs.prefix(str(self.here), "test")} if self.subvolume else {}
+        self.leaving = Leaving(
+            [str(self.here)], self._send, alive=self._alive, by_rsync=self.by_rsync, subvolumes=names
+        )
         self.arriving.make()
         self._thread = threading.Thread(target=self._apply)
         self._thread.start()
@@ -54,6 +59,8 @@ class Pair:
 
     def _send(self, letter: bytes) -> None:
         self.passed.append(len(letter))
+        if sum(self.passed) > self.stop_at:
+            self.leaving.stop()
         self._letters.put(letter)
 
     def _alive(self) -> None:
@@ -307,6 +314,6 @@ def test_a_place_that_is_taken(tmp_path: Path) -> None:
 def test_counting(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "f").write_bytes(bytes(10000))
-    names, size = index.count(str(tmp_path))
+    names, size, _ = index.count(str(tmp_path))
     assert names == 2
     assert size >= 12288
