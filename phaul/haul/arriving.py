@@ -11,7 +11,7 @@ import shutil
 import stat
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from phaul_engine import calls
@@ -19,12 +19,13 @@ from phaul_engine.errors import EngineError
 
 from phaul.errors import PhaulError
 
-from . import beside, btrfs, overlay, rsync, wire
+from . import attributes, beside, btrfs, overlay, rsync, wire
 from .layers import Layers
 from .places import Places
 from .wire import Record, Tag
 
 _PLACE = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+_LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRITE = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _KINDS = frozenset({stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK})
 _FEW = 256  # files that are brought to the disk one by one
@@ -151,6 +152,8 @@ class _Tree:
         self.staged = staged
         self._fd = -1
         self._inbox = btrfs.Inbox(staged)
+        self._held: dict[str, int] = {}  # by name, file attributes that are set in the end
+        self._fixed = False  # that has been done
         self._parent: tuple[str, int] = ("", -1)
         self._unsynced: set[str] | None = set()  # names; None if there are too many
         self._closing = threading.Lock()
@@ -235,7 +238,10 @@ class _Tree:
             raise EngineError("files came before there was a place for them")
         if "\0" in path or (path and any(part in ("", ".", "..") for part in path.split("/"))):
             raise EngineError(f"{path!r} is not the name of a file in a directory")
+        self._release()
         match fields["op"]:
+            case "fix":
+                self._fix()
             case "put":
                 self._put(path, fields, record.data)
             case "data":
@@ -252,6 +258,8 @@ class _Tree:
     def _put(self, path: str, fields: dict[str, Any], data: bytes | memoryview) -> None:
         if "make" in fields:
             self._make(path, fields)
+        if "flags" in fields:
+            self._flag(path, int(fields["flags"]))
         if "size" in fields:
             with self._opened(path) as fd:
                 if "runs" in fields:
@@ -296,6 +304,32 @@ class _Tree:
         except IsADirectoryError:
             shutil.rmtree(name, dir_fd=parent)
 
+    def _flag(self, path: str, flags: int) -> None:
+        """File attributes; whether those that are held back can be set is tried."""
+        held, flags = flags & attributes.HELD, flags & attributes.KEPT
+        with self._looked_at(path) as fd:
+            if held:
+                attributes.write(fd, flags)
+            attributes.write(fd, flags & ~attributes.HELD)
+        self._held.pop(path, None)
+        if held:
+            self._held[path] = flags
+
+    def _fix(self) -> None:
+        """Set what was held back."""
+        for path, flags in self._held.items():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), self._looked_at(path) as fd:
+                attributes.write(fd, flags)
+        self._fixed = True
+
+    def _release(self) -> None:
+        """More comes: take that back."""
+        if self._fixed:
+            self._fixed = False
+            for path, flags in self._held.items():
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError), self._looked_at(path) as fd:
+                    attributes.write(fd, flags & ~attributes.HELD)
+
     def _write(self, path: str, runs: list[list[int]], data: bytes | memoryview) -> None:
         view = memoryview(data)
         with self._opened(path) as fd:
@@ -327,6 +361,16 @@ class _Tree:
         for key, value in wanted.items():
             os.setxattr(place, key, value, follow_symlinks=False)
         os.utime(name, ns=(status.st_atime_ns, mtime), dir_fd=parent, follow_symlinks=False)
+
+    @contextlib.contextmanager
+    def _looked_at(self, path: str) -> Iterator[int]:
+        """A file or directory, for its attributes."""
+        parent, name = self._split(path) if path else (self._fd, ".")
+        fd = os.open(name, _LOOK, dir_fd=parent)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     @contextlib.contextmanager
     def _opened(self, path: str) -> Any:

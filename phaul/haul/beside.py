@@ -17,8 +17,9 @@ from typing import Any
 
 from phaul_engine.namespaces.mnt import api
 from phaul_engine.proc import lives
+from phaul_engine.proc.mountinfo import own_mounts
 
-from . import btrfs
+from . import attributes, btrfs
 
 KIND, LEFT_KIND = "haul", "haul-left"
 """Of journal entries: what has come, and what is left."""
@@ -54,7 +55,7 @@ def discard(data: dict[str, Any]) -> None:
 
 
 def remove(staged: str) -> None:
-    """Remove what has come in. OSError if something of it stays."""
+    """Remove a directory. OSError if something of it stays."""
     deadline = time.monotonic() + _ENDING
     while os.path.lexists(staged):
         try:
@@ -62,6 +63,7 @@ def remove(staged: str) -> None:
         except OSError:
             if time.monotonic() > deadline:
                 raise
+            attributes.release(staged)
             time.sleep(0.1)
 
 
@@ -93,21 +95,21 @@ def _same(path: str, device: int, inode: int) -> bool:
 
 
 def put_aside(data: dict[str, Any]) -> None:
-    """Put what the program has left aside, if it is dead here; else do nothing. OSError if that cannot be, as where
-    something is mounted there."""
+    """Put what the program has left aside, if it is dead here; else do nothing. What is a mount keeps its name. OSError
+    if something cannot be put aside."""
     if lives.any_lives(data["tasks"]):
         return
     for path, device, inode in data.get("mounts", ()):
         if _same(path, device, inode):
             api.detach(path)
     for path, device, inode in data["trees"]:
-        if not _same(path, device, inode):
+        if not _same(path, device, inode) or any(mount.point == os.path.realpath(path) for mount in own_mounts()):
             continue
         aside = f"{path}{ASIDE}"
         if os.path.lexists(aside):
             if not _ours(aside):
                 continue
-            btrfs.remove(aside)
+            remove(aside)
         with contextlib.suppress(OSError):  # a file system without such attributes: nobody removes it later
             os.setxattr(path, MARK, b"")
         os.rename(path, aside)

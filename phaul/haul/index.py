@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from phaul.errors import PhaulError
 
+from . import attributes
+from .attributes import NOCOW
 from .beside import MARK
 from .content import BLOCK, SMALL, Blocks, whole
 from .watch import Watch, join
@@ -46,9 +48,12 @@ class Sent(NamedTuple):
 
 class Index:
     """A directory, by its number among those that are hauled. Work with it is one pass at a time. `without` are names
-    from its top that are not sent. What is not a directory is `layered` from several file systems, perhaps."""
+    from its top that are not sent. What is not a directory is `layered` from several file systems, perhaps.
+    `flagged`: the destination knows file attributes."""
 
-    def __init__(self, number: int, root: str, *, without: Iterable[str] = (), layered: bool = False) -> None:
+    def __init__(
+        self, number: int, root: str, *, without: Iterable[str] = (), layered: bool = False, flagged: bool = False
+    ) -> None:
         self.number = number
         self.root = root
         self.layered = layered
@@ -67,6 +72,8 @@ class Index:
         self._doubtful: set[str] = set()  # what it made of these is not known
         self._adopting = False
         self._lost = False
+        self._flagged = flagged
+        self._flags: dict[str, int] = {}  # file attributes that the destination has been told
         self._followed: set[str] = set()  # directories that were watched before a copy was taken
         self._copy = ""
 
@@ -119,9 +126,10 @@ class Index:
 
     def adopt_copy(self, copy: str, go_on: Callable[[], None]) -> None:
         """Note all that is in a copy of the tree, with the same inode numbers, as sent: it was taken after `follow`. A
-        directory that came in between is not watched, and will be sent anew. Until `leave_copy` large files are
-        compared with those in there."""
+        directory that came in between is not watched, and will be sent anew; so will a file that has to be given its
+        attributes while it is empty. Until `leave_copy` large files are compared with those in there."""
         self._copy = copy
+        self._note_flags(copy, "")
         waiting = [""]
         while waiting:
             go_on()
@@ -129,12 +137,13 @@ class Index:
             with os.scandir(f"{copy}/{directory}") as entries:
                 found = [(join(directory, entry.name), entry.stat(follow_symlinks=False)) for entry in entries]
             for path, status in found:
-                if stat.S_ISDIR(status.st_mode) and path not in self._followed:
+                flags, is_directory = self._note_flags(f"{copy}/{path}", path, status), stat.S_ISDIR(status.st_mode)
+                if (is_directory and path not in self._followed) or (not is_directory and flags & NOCOW):
                     self._doubtful.add(path)
                     self._touched[path] = True
                     continue
                 self._note(path, Sent.of(status)._replace(inode=(self._device, status.st_ino)))
-                if stat.S_ISDIR(status.st_mode):
+                if is_directory:
                     waiting.append(path)
 
     def leave_copy(self) -> None:
@@ -147,19 +156,23 @@ class Index:
 
     def adopt(self, go_on: Callable[[], None]) -> list[str]:
         """Note everything as sent, and watch it: from now on whatever is touched is sent again. For the round that
-        another program sends, all but what is returned: what is not sent, and large files with holes, which it would
-        fill. `go_on` is called now and then, and may end it by raising."""
+        another program sends, all but what is returned: what is not sent, large files with holes, which it would
+        fill, and files that have to be given their attributes while they are empty. `go_on` is called now and then,
+        and may end it by raising."""
         holes = list(self._without)
         self._restart()
         self._adopting = True
         self._watch.add("")
+        self._note_flags(self.root, "")
         waiting = [""]
         while waiting:
             go_on()
             directory = waiting.pop()
             for name, status in self._list(directory):
                 path = join(directory, name)
-                if status.st_size > SMALL and status.st_blocks * 512 * 2 < status.st_size:
+                flags = self._note_flags(self._place(path), path, status)
+                scattered = status.st_size > SMALL and status.st_blocks * 512 * 2 < status.st_size
+                if scattered or (flags & NOCOW and not stat.S_ISDIR(status.st_mode)):
                     holes.append(path)
                     self._touched[path] = True
                     continue
@@ -211,6 +224,7 @@ class Index:
     def changes(self, outbox: Outbox, *, last: bool) -> Iterator[None]:
         """Send what was touched. `last`: nothing changes any more, and names that are gone go there too."""
         self.look()
+        self._look_at_flags(last=last)
         self.work = 0.0
         touched, self._touched = self._touched, {}
         lost, self._lost = self._lost, False
@@ -228,6 +242,8 @@ class Index:
                 outbox.put(op="gone", tree=self.number, path=path)
                 self._directories.add(os.path.dirname(path))
         self._finish(outbox)
+        if last and any(flags & attributes.HELD for flags in self._flags.values()):
+            outbox.put(op="fix", tree=self.number, path="")
 
     def _compare(self, touched: dict[str, bool], outbox: Outbox) -> Iterator[None]:
         """The kernel has forgotten what was touched: look at every name, here and there."""
@@ -297,7 +313,8 @@ class Index:
             self._watch.add(path)  # before it is looked into: what is made in it later is told of
             if before is not None:
                 self._forget(path)
-            outbox.put(op="put", tree=self.number, path=path, make="new", kind=stat.S_IFDIR)
+            flags = self._told_flags(self._place(path), path)
+            outbox.put(op="put", tree=self.number, path=path, make="new", kind=stat.S_IFDIR, **flags)
         self._note(path, Sent.of(status))
         self._directories.add(path)
         if fresh and below:
@@ -329,7 +346,8 @@ class Index:
             same = _rests(known, now) and not any(touched.get(name, False) for name in (path, *names))
             if "kind" in made:
                 self._blocks.pop(now.inode, None)
-            fields = {"op": "put", "tree": self.number, "path": path, **made}
+            flags = self._told_flags(fd, path)
+            fields = {"op": "put", "tree": self.number, "path": path, **made, **flags}
             self.work += 0 if same else status.st_blocks * 512 / BLOCK
             if same:
                 outbox.put(**fields, meta=self._meta(fd, status))
@@ -342,7 +360,7 @@ class Index:
                     outbox.put(**fields)
                 blocks = self._known_blocks(now.inode, path, fresh="kind" in made)
                 blocks.send(fd, path, status.st_size, outbox, fresh="kind" in made, tree=self.number)
-                outbox.put(op="put", tree=self.number, path=path, meta=self._meta(fd, status))
+                outbox.put(op="put", tree=self.number, path=path, meta=self._meta(fd, status), **flags)
             self._note(path, now)
         finally:
             os.close(fd)
@@ -391,7 +409,8 @@ class Index:
                 place = self._place(path)
                 status = os.lstat(place)
                 if stat.S_ISDIR(status.st_mode) and self._lookup_directory(path) is not None:
-                    outbox.put(op="put", tree=self.number, path=path, meta=self._meta(place, status))
+                    flags = self._told_flags(place, path)
+                    outbox.put(op="put", tree=self.number, path=path, meta=self._meta(place, status), **flags)
 
     # -- here ------------------------------------------------------------------------------------------------------
 
@@ -424,23 +443,54 @@ class Index:
             return []
         return found
 
+    def _note_flags(self, place: str, path: str, status: os.stat_result | None = None) -> int:
+        """File attributes of what another program sends without them: they follow."""
+        kind = stat.S_IFMT(status.st_mode) if status is not None else stat.S_IFDIR
+        if not self._flagged or kind not in (stat.S_IFREG, stat.S_IFDIR):
+            return 0
+        with contextlib.suppress(*_GONE):
+            if flags := attributes.read(place):
+                self._touched.setdefault(path, False)
+                return flags
+        return 0
+
+    def _look_at_flags(self, *, last: bool) -> None:
+        """Nobody tells when file attributes change: those that are known are read again, in a freeze those that
+        matter."""
+        for path, known in self._flags.items():
+            if not last or known & attributes.HELD:
+                with contextlib.suppress(*_GONE):
+                    if attributes.read(self._place(path)) != known:
+                        self._touched.setdefault(path, False)
+
+    def _told_flags(self, place: str | int, path: str) -> dict[str, Any]:
+        """File attributes for a record, if there are any, or were."""
+        flags = attributes.read(place) if self._flagged else 0
+        if not path:
+            flags &= ~attributes.HELD  # it could not be put in its place
+        if not flags and self._flags.pop(path, None) is None:
+            return {}
+        if flags:
+            self._flags[path] = flags
+        return {"flags": flags}
+
     @staticmethod
     def _meta(place: str | int, status: os.stat_result) -> dict[str, Any]:
         """Owner, mode, time, attributes; access control lists are attributes (acl(5), xattr(7))."""
         where: dict[str, Any] = {} if isinstance(place, int) else {"follow_symlinks": False}
         try:
             names = [name for name in os.listxattr(place, **where) if name != MARK]
-            attributes = {name: os.getxattr(place, name, **where) for name in names}
+            extended = {name: os.getxattr(place, name, **where) for name in names}
         except OSError as error:
             if isinstance(error, _GONE):
                 raise
-            attributes = {}
+            extended = {}
         return {
             "uid": status.st_uid,
             "gid": status.st_gid,
             "mode": stat.S_IMODE(status.st_mode),
             "mtime": status.st_mtime_ns,
-            **({"attributes": encode_attributes(attributes)} if attributes else {}),
+            **({"attributes": encode_attributes(extended)} if extended else {}),
         }
 
     # -- there -----------------------------------------------------------------------------------------------------
@@ -477,6 +527,7 @@ class Index:
         """It is not there any more, nor what was below it."""
         directory, name = os.path.split(path)
         sent = self._sent.get(directory, {}).pop(name, None)
+        self._flags.pop(path, None)
         if sent is None:
             return
         self._drop(path, sent)

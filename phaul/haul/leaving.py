@@ -38,7 +38,8 @@ _TELLING = 50  # units of work in a pass that tells
 class Leaving:
     """The trees of one migration. `send` takes a letter for the destination; `alive` is told while something goes on.
     `bandwidth` in bytes a second, 0 for no limit. Trees in `overlays` are file systems of layers;
-    those in `subvolumes` are sent by btrfs at first, with snapshots whose names begin with what is said."""
+    those in `subvolumes` are sent by btrfs at first, with snapshots whose names begin with what is said.
+    `flagged`: the destination knows file attributes."""
 
     def __init__(
         self,
@@ -50,10 +51,11 @@ class Leaving:
         by_rsync: bool = False,
         overlays: Mapping[str, Layers] | None = None,
         subvolumes: Mapping[str, str] | None = None,
+        flagged: bool = False,
     ) -> None:
         overlays = overlays or {}
         self._indexes = [
-            Index(number, root, without=layers.inside(root, overlays), layered=root in overlays)
+            Index(number, root, without=layers.inside(root, overlays), layered=root in overlays, flagged=flagged)
             for number, root in enumerate(trees)
         ]
         self._send_letter = send

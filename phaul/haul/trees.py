@@ -31,7 +31,7 @@ class Tree:
     (bytes) are what would be sent. `problem` is why it cannot be. A tree with a `room` is a file system that its
     runtime has mounted for it, and will have mounted somewhere at the destination, with much of the same in it. One
     with `layers` is a file system of those, which is mounted there by us; what was written to it is counted. A
-    `subvolume` is one of btrfs that can be sent."""
+    `subvolume` is one of btrfs that can be sent. What is `mounted` there cannot be given another name."""
 
     path: str
     names: int = 0
@@ -42,6 +42,7 @@ class Tree:
     room: bool = False
     layers: Layers | None = None
     subvolume: bool = False
+    mounted: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def describe(path: str, *, counted: bool, room: bool = False, overlays: Mapping[
         problem = f"{foreign} is a subvolume of its own in it, and only what is on one file system is sent"
         return Tree(path, problem=problem, room=room, layers=known)
     subvolume = known is None and not room and not without and btrfs.can_send(path)
-    return Tree(path, names, size, room=room, layers=known, subvolume=subvolume)
+    mounted = any(mount.point == os.path.realpath(path) for mount in own_mounts())
+    return Tree(path, names, size, room=room, layers=known, subvolume=subvolume, mounted=mounted)
 
 
 def _mounted_inside(path: str, known: Container[str]) -> str:
@@ -181,8 +183,9 @@ def findings(trees: Iterable[Tree], answers: dict[str, TreeAnswer], there: str, 
             room = f"{text} and would be sent: {tree.size:,} bytes, and {known.free:,} are free there"
             yield Finding("blocker", "tree-room", room, "make room there")
         else:
-            sent = f"it will be sent ({tree.names:,} files, {tree.size:,} bytes), and kept here as NAME{beside.ASIDE}"
-            yield Finding("warning", "tree-sent", text, sent)
+            sent = f"it will be sent ({tree.names:,} files, {tree.size:,} bytes), and kept here"
+            name = "under its name, for it is a mount: unmount it then" if tree.mounted else f"as NAME{beside.ASIDE}"
+            yield Finding("warning", "tree-sent", text, f"{sent} {name}")
 
 
 def _of_room(tree: Tree, known: TreeAnswer, there: str, *, ship: bool) -> Finding:

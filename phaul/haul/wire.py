@@ -4,10 +4,11 @@ Records tell what to make of a directory: each is a JSON object with bytes behin
 
     put    make or change `path`: `make` is "new" (whatever is there goes), "hard" (another name of `other`), "keep", or
            absent for what is only changed; `kind` its type; `meta` owner, mode, time and attributes; `runs` of data
-           behind it, where a regular file of `size` bytes holds something
+           behind it, where a regular file of `size` bytes holds something; `flags` are file attributes of chattr(1)
     data   bytes of `path` at `offset`
     hole   `length` bytes of `path` at `offset` are none
     gone   `path` is no more
+    fix    attributes that were held back are set: nothing more comes, unless it does
     end    of the pass `number`; it is answered with DONE
 """
 

@@ -41,7 +41,7 @@ from phaul.transport.bootstrap import Bootstrap, ident
 from phaul.transport.control import ChannelClosed, StreamLink
 from phaul.transport.direct import Direct, Kind, Letter
 from phaul.transport.pages import Identity
-from phaul.transport.relay import peer_is_root
+from phaul.transport.relay import ATTRIBUTES, peer_is_root
 
 _PATIENCE = 30.0  # seconds for phaul to connect
 _CONNECT_TIMEOUT = 15.0
@@ -392,6 +392,7 @@ def _orders(request: Request, found: workloads.Found) -> Orders:
         rooms=found.rooms,
         rsync=request.rsync and rsync.here(),
         subvolumes=request.subvolumes,
+        flagged=ATTRIBUTES in request.features,
         options={
             **found.options,
             "tcp": wishes.tcp,

@@ -50,6 +50,7 @@ class Hauling:
             bandwidth=self._orders.wanted.bandwidth,
             by_rsync=self._orders.rsync,
             overlays=self._overlays,
+            flagged=self._orders.flagged,
             subvolumes={path: btrfs.prefix(path, migration) for path in self._orders.subvolumes},
         )
         return tuple(Undo(**btrfs.entry(path, migration)) for path in self._orders.subvolumes)

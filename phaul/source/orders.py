@@ -21,7 +21,7 @@ class Orders:
     the engine's (`tcp`, ...), `workload` and `facts` say what runtime knows the program, and how. `peer` is the
     destination in the operator's words, `keep_images` a directory or empty. `hauled` are directories that go along, the
     first round by `rsync` if the destination has it; those in `rooms` the runtime here looks after. Those in
-    `subvolumes` go by btrfs."""
+    `subvolumes` go by btrfs; `flagged`: with file attributes, which the destination knows."""
 
     root: int
     wanted: Wanted
@@ -39,6 +39,7 @@ class Orders:
     rooms: tuple[str, ...] = ()
     rsync: bool = False
     subvolumes: tuple[str, ...] = ()
+    flagged: bool = False
 
 
 def open_register(migration: str, report: Callable[[Event], None]) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from phaul.transport import hello as greeting
 from phaul.transport.control import StreamLink
 
 LAYERS = "haul-layers"  # a file system of layers is mounted there, and filled (phaul.haul.overlay)
-FEATURES = frozenset({LAYERS})  # abilities beyond protocol 1 that this phaul has
+ATTRIBUTES = "haul-attributes"  # so are file attributes set (phaul.haul.attributes)
+FEATURES = frozenset({LAYERS, ATTRIBUTES})  # abilities beyond protocol 1 that this phaul has
 ROLES = ("source", "destination")
 
 _ID = re.compile(r"[0-9a-z][0-9a-z-]{7,63}")

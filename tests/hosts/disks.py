@@ -24,11 +24,11 @@ def lacks_btrfs() -> str:
 
 
 @contextlib.contextmanager
-def loop(image: Path) -> Iterator[str]:
-    """A block device with an empty btrfs."""
+def loop(image: Path, kind: str = "btrfs") -> Iterator[str]:
+    """A block device with an empty file system."""
     with image.open("w") as file:
         file.truncate(_SIZE)
-    subprocess.run(["mkfs.btrfs", "-q", image], check=True, capture_output=True)
+    subprocess.run([f"mkfs.{kind}", "-q", image], check=True, capture_output=True)
     done = subprocess.run(["losetup", "--show", "-f", image], check=True, capture_output=True, text=True)
     device = done.stdout.strip()
     try:
@@ -50,9 +50,9 @@ def btrfs(image: Path, place: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def btrfs_on(host: Host, image: Path, place: str, *, subvolume: str = "") -> Iterator[None]:
+def mounted_on(host: Host, image: Path, place: str, *, kind: str = "btrfs", subvolume: str = "") -> Iterator[None]:
     """The same of a host. With `subvolume` that is mounted, and not the top of the file system."""
-    with loop(image) as device:
+    with loop(image, kind) as device:
         node = host.path(device)
         os.mknod(node, stat.S_IFBLK | 0o600, os.stat(device).st_rdev)
         host.run(["mount", device, place])

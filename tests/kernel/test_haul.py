@@ -46,7 +46,7 @@ class Pair:
         self.arriving = Arriving([str(self.there)], "test", lambda body: self.leaving.take(body))
         names = {str(self.here): btrfs.prefix(str(self.here), "test")} if self.subvolume else {}
         self.leaving = Leaving(
-            [str(self.here)], self._send, alive=self._alive, by_rsync=self.by_rsync, subvolumes=names
+            [str(self.here)], self._send, alive=self._alive, by_rsync=self.by_rsync, subvolumes=names, flagged=True
         )
         self.arriving.make()
         self._thread = threading.Thread(target=self._apply)
@@ -317,3 +317,52 @@ def test_counting(tmp_path: Path) -> None:
     names, size, _ = index.count(str(tmp_path))
     assert names == 2
     assert size >= 12288
+
+
+def _flags(place: Path, words: str) -> None:
+    subprocess.run(["chattr", words, place], check=True)
+
+
+def listed(top: Path) -> dict[str, str]:
+    """What lsattr(1) says, but of what the file system decides."""
+    done = subprocess.run(["lsattr", "-R", "-a", top], check=True, capture_output=True, text=True)
+    lines = [line.split(None, 1) for line in done.stdout.splitlines() if f" {top}" in line and "/.." not in line]
+    return {line[1].removeprefix(str(top)): line[0].replace("e", "").replace("-", "") for line in lines}
+
+
+@pytest.mark.parametrize("by_rsync", BY)
+def test_file_attributes(tmp_path: Path, make: Callable[..., Pair], by_rsync: bool) -> None:
+    here = tmp_path / "here"
+    for name in ("fixed", "log", "plain", "later"):
+        (here / name).write_text(name)
+    (here / "closed").mkdir()
+    (here / "closed" / "file").write_text("file")
+    for words, name in (("+i", "fixed"), ("+ad", "log"), ("+A", "plain"), ("+i", "closed"), ("+i", "closed/file")):
+        _flags(here / name, words)
+    os.link(here / "plain", here / "other")
+    pair = make(here, by_rsync=by_rsync)
+    try:
+        pair.leaving.first()
+        assert "i" not in "".join(listed(pair.staged).values()), "more may come"
+        with (here / "log").open("a") as file:
+            file.write("more")
+        pair.leaving.last()
+        pair.applied()
+        assert set(listed(here).values()) >= {"i", "ad", "A"}
+        pair.leaving.last()
+        wait_until(lambda: listed(pair.staged) == listed(here), f"{listed(pair.staged)} are {listed(here)}", 5.0)
+        _flags(here / "fixed", "-i")  # that freeze was let go
+        _flags(here / "closed", "-i")
+        (here / "later").chmod(0o600)
+        _flags(here / "later", "+i")
+        _flags(here / "plain", "-A")
+        (here / "fixed").write_text("changed")
+        (here / "closed" / "new").write_text("new")
+        pair.leaving.round()
+        pair.leaving.last()
+        wait_until(lambda: listed(pair.staged) == listed(here), f"{listed(pair.staged)} are {listed(here)}", 5.0)
+        assert describe(pair.staged) == describe(here)
+        beside.discard(pair.arriving.entries()[0]["data"])
+        assert not pair.staged.exists()
+    finally:
+        subprocess.run(["chattr", "-R", "-f", "-ia", here, tmp_path / "place"], check=False)

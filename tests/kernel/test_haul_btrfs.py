@@ -18,7 +18,7 @@ from phaul.haul import beside, btrfs, index, trees, wire
 from phaul.haul.content import SMALL
 from tests.hosts import disks
 from tests.hosts.files import describe, make_something_of_everything
-from tests.kernel.test_haul import Pair
+from tests.kernel.test_haul import Pair, listed
 from tests.subjects.programs import build, parse_status, wait_until
 
 pytestmark = pytest.mark.skipif(bool(disks.lacks_btrfs()), reason=disks.lacks_btrfs())
@@ -196,3 +196,21 @@ def test_snapshots_that_a_dead_agent_has_left(places: tuple[Path, Path]) -> None
     for _ in range(2):
         btrfs.forget(btrfs.entry(str(here), "one")["data"])
     assert sorted(os.listdir(here.parent)) == ["web", "web.phaul-one.3", "web.phaul-one.x", "web.phaul-other.0"]
+
+
+def test_file_attributes(pair: Pair) -> None:
+    """A file that is not copied on write has to be given that while it is empty."""
+    (pair.here / "disks").mkdir()
+    subprocess.run(["chattr", "+C", pair.here / "disks"], check=True)
+    (pair.here / "disks" / "disk").write_bytes(os.urandom(4 * SMALL))
+    (pair.here / "fixed").write_text("fixed")
+    subprocess.run(["chattr", "+i", pair.here / "fixed"], check=True)
+    try:
+        pair.leaving.first()
+        assert describe(pair.staged) == describe(pair.here)
+        _last(pair)
+        pair.leaving.last()
+        wait_until(lambda: listed(pair.staged) == listed(pair.here), f"{listed(pair.staged)} are {listed(pair.here)}")
+        assert {"C", "i"} <= set(listed(pair.here).values())
+    finally:
+        subprocess.run(["chattr", "-i", pair.here / "fixed"], check=True)

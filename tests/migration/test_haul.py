@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.hosts import Host, Hosts
+from tests.hosts import Host, Hosts, disks
 from tests.hosts.files import describe, make_something_of_everything
 from tests.hosts.migrate import fault
 from tests.subjects.programs import build, parse_status, wait_until
@@ -192,6 +192,51 @@ def test_what_dies_after_the_commit_is_finished(hosts: Hosts, one: Container, wo
     wait_until(lambda: (one.state(hosts.a), one.state(hosts.b)) == ("", "running"), "it is there", 30.0)
     one.goes_on(hosts.b)
     explained(hosts)
+
+
+def test_a_bundle_that_is_a_mount_of_its_own(hosts: Hosts, tmp_path: Path) -> None:
+    """As a volume or a data set is: it arrives as a directory, and at the source its name stays."""
+    made = Container(hosts, "runc")
+    hosts.a.path(PLACE).mkdir(parents=True)
+    with disks.mounted_on(hosts.a, tmp_path / "volume", PLACE, kind="ext4"):
+        made.make()
+        made.start()
+        status, result = made.move(hosts.a)
+        assert (status, result["outcome"]) == (0, "migrated"), result
+        made.goes_on(hosts.b)
+        assert (_left(hosts.a), _left(hosts.b)) == (["web"], ["web"])
+        status, result = made.move(hosts.b)
+        assert (status, f"{PLACE} is there already" in str(result["reason"])) == (20, True), result
+        hosts.a.run(["sh", "-c", f"umount {PLACE} && mount -t tmpfs empty {PLACE}"])
+        status, result = made.move(hosts.b)
+        assert (status, "is a mount or a subvolume there" in str(result["reason"])) == (20, True), result
+    made.end()
+
+
+def test_file_attributes_go_along(hosts: Hosts, one: Container) -> None:
+    """What may not be changed can be sent all the same, and be removed where it is not to stay."""
+    known = {"some/file": "i", "some/directory": "a", "bin/busybox": "A"}
+
+    def attributes(host: Host) -> dict[str, str]:
+        done = host.run(["lsattr", "-d", *(f"{PLACE}/rootfs/{name}" for name in known)])
+        found = (line.split()[0].replace("-", "").replace("e", "") for line in done.stdout.splitlines())
+        return dict(zip(known, found, strict=True))
+
+    for name, letter in known.items():
+        hosts.a.run(["chattr", f"+{letter}", f"{PLACE}/rootfs/{name}"])
+    try:
+        with fault(hosts.b, "destination before send READY: error"):
+            status, result = one.move(hosts.a)
+        assert (status, result["outcome"]) == (30, "stayed"), result
+        wait_until(lambda: not hosts.b.path(PLACE).parent.exists(), f"nothing is left: {_left(hosts.b)}", 30.0)
+        status, result = one.move(hosts.a)
+        assert (status, result["outcome"]) == (0, "migrated"), result
+        one.goes_on(hosts.b)
+        assert attributes(hosts.b) == known
+        explained(hosts)
+    finally:
+        for host in (hosts.a, hosts.b):
+            host.run(["chattr", "-R", "-f", "-ia", str(Path(PLACE).parent)], check=False)
 
 
 def test_what_is_found_before_anything_is_touched(hosts: Hosts, one: Container) -> None:

@@ -27,8 +27,8 @@ pytestmark = [
 def one(hosts: Hosts, tmp_path: Path) -> Iterator[Container]:
     """A container of runc on host a."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(disks.btrfs_on(hosts.a, tmp_path / "a", TOP))
-        stack.enter_context(disks.btrfs_on(hosts.b, tmp_path / "b", TOP, subvolume="top"))
+        stack.enter_context(disks.mounted_on(hosts.a, tmp_path / "a", TOP))
+        stack.enter_context(disks.mounted_on(hosts.b, tmp_path / "b", TOP, subvolume="top"))
         hosts.a.path(PLACE).parent.mkdir()
         hosts.a.run(["btrfs", "subvolume", "create", PLACE])
         made = Container(hosts, "runc")

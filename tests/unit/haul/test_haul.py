@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,8 @@ def test_what_is_found() -> None:
     tree, free = Tree("/a/web", names=3, size=1000), TreeAnswer("free", free=2000)
     assert _checks(tree, TreeAnswer("shared")) == []
     assert _checks(tree, free) == [("warning", "tree-sent")]
+    (found,) = trees.findings([replace(tree, mounted=True)], {tree.path: free}, "there", ship=True)
+    assert "unmount it then" in found.advice
     assert _checks(tree, free, ship=False) == [("blocker", "tree-missing")]
     assert _checks(tree, TreeAnswer("free", free=1000)) == [("blocker", "tree-room")]
     assert _checks(tree, TreeAnswer("taken", "it is there")) == [("blocker", "tree-in-the-way")]
