@@ -26,7 +26,7 @@ from .wire import Outbox, Tag
 log = logging.getLogger(__name__)
 
 _LOOK = 0.2  # seconds between two looks whether to go on
-_TRIES = 3  # of rsync, where too much happens meanwhile
+_TRIES = 5  # of rsync, where too much happens meanwhile
 _SNAPSHOTS = 5  # of a subvolume, at most
 _SOON = 1.0  # seconds: what has changed while a snapshot was sent for no longer than that is left to the rounds
 _ENOUGH = 0.5  # of the time that the one before took: so does what takes longer than that
@@ -152,13 +152,13 @@ class Leaving:
 
         for _ in range(_TRIES):
             without = index.adopt(self._go_on)
-            whole = rsync.send(
+            sent = rsync.send(
                 index.number, index.root, send, self._word, without, self._bandwidth, compared=index.layered
             )
-            if index.doubt(links=not whole):
+            if sent is not rsync.Sent.AGAIN and index.doubt(links=sent is rsync.Sent.LESS):
                 return
         raise PhaulError(
-            f"more happens in {index.root} than the kernel tells of",
+            f"more happens in {index.root} than rsync can follow, or the kernel tells of",
             advice="raise fs.inotify.max_queued_events (sysctl), or have the program do less meanwhile",
         )
 

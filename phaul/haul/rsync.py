@@ -8,6 +8,7 @@ the two lies the agents' own connection.
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import re
 import select
@@ -36,7 +37,19 @@ _KNOWN = re.compile(
     r"-[A-Za-z]*(?:e\d*\.?[A-Za-z]*)?|--(?:delete(?:-during|-before|-delay)?|numeric-ids|bwlimit=\d+|no-r|dirs)"
 )
 _VANISHED = 24  # rsync's status where files went away while it looked: they are no longer there to be sent
+_PARTIAL = 23  # where there was an error with some
+_GONE = re.compile(
+    r"rsync: .*\(2\)$|file has vanished: |IO error encountered -- skipping|rsync (error|warning): some files|$"
+)
 _LOOK = 0.2  # seconds between two looks whether it has ended
+
+
+class Sent(enum.Enum):
+    """What a round of rsync's has come to."""
+
+    WHOLE = enum.auto()
+    LESS = enum.auto()  # without files that went away while it looked
+    AGAIN = enum.auto()  # that made it leave things undone which it can do
 
 
 def here() -> bool:
@@ -56,10 +69,10 @@ def send(
     bandwidth: int = 0,
     *,
     compared: bool = False,
-) -> bool:
+) -> Sent:
     """Send a directory, but not what is in `without`. `letter` sends one, `word` waits for one of a kind; what they
-    raise ends it. `compared`: files that are there already are compared by content, else by size and time. False if
-    files went away while it looked. PhaulError where rsync fails."""
+    raise ends it. `compared`: files that are there already are compared by content, else by size and time.
+    PhaulError where rsync fails."""
     ours, theirs = socket.socketpair()
     heard, said = os.pipe()
     with ours, tempfile.TemporaryFile() as complaints, tempfile.NamedTemporaryFile() as excluded:
@@ -100,11 +113,22 @@ def send(
             status = process.wait()
         finally:
             end(process)
-        if status not in (0, _VANISHED):
-            complaints.seek(0)
-            text = complaints.read().decode(errors="replace").strip()[:300]  # what came later may come of it
-            raise PhaulError(f"rsync of {root} failed with status {status}: {text}")
-        return status == 0
+        complaints.seek(0)
+        text = complaints.read().decode(errors="replace").strip()
+        if (sent := outcome(status, text)) is None:
+            raise PhaulError(f"rsync of {root} failed with status {status}: {text[:300]}")  # the rest may come of it
+        return sent
+
+
+def outcome(status: int, text: str) -> Sent | None:
+    """What a status of rsync means, with what it has said; None for a failure. In the moment between a look at a file
+    and one at its access control list, what goes away is an error to it, and no file that vanished."""
+    if status == 0:
+        return Sent.WHOLE
+    if status == _VANISHED:
+        return Sent.LESS
+    gone = status == _PARTIAL and all(_GONE.match(line) for line in text.splitlines())
+    return Sent.AGAIN if gone else None
 
 
 def _pattern(path: str) -> bytes:

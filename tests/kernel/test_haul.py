@@ -163,10 +163,10 @@ def test_one_of_two_names_goes_away_while_rsync_looks(
     here = tmp_path / "here"
     (here / "file").write_text("content")
 
-    def send(*_: object, **__: object) -> bool:
+    def send(*_: object, **__: object) -> rsync.Sent:
         os.link(here / "file", here / "other")
         os.unlink(here / "other")
-        return False
+        return rsync.Sent.LESS
 
     monkeypatch.setattr(rsync, "send", send)
     pair = make(here, by_rsync=True)
