@@ -13,12 +13,14 @@ from typing import Any, Self
 
 from phaul_engine import dump as dumping
 from phaul_engine import restore as restoring
+from phaul_engine import sleep_log
 from phaul_engine.errors import BlockedError, EngineError, GoneError
 from phaul_engine.images.directory import ImageDirectory
 from phaul_engine.page_store import PageStore
 from phaul_engine.target import Tracer
 
 from phaul import claims, page_link
+from phaul.config import SLEEPS
 from phaul.errors import PhaulError, RefusedError, UsageError
 from phaul.journal import Store
 
@@ -113,6 +115,7 @@ def restore(order: RestoreOrder) -> int:
         if order.pidfile is not None:
             _write_pidfile(order.pidfile, pid)
 
+    _share_sleeps()
     try:
         with ImageDirectory(order.images) as directory, Tracer() as tracer:
             pid = restoring.restore(tracer, directory, options=order.options, ready=ready)
@@ -159,6 +162,7 @@ def _into_directory(
     where = f"process {order.pid} runs on here, as before"
     if order.journals is not None:
         claims.refuse(Store(order.journals), order.pid)
+    _share_sleeps()
     try:
         with _directory(order) as directory, Tracer() as tracer, contextlib.ExitStack() as stack:
             return run(tracer, directory, stack)
@@ -168,6 +172,13 @@ def _into_directory(
         raise PhaulError(str(error), advice=error.advice) from error
     except (EngineError, OSError) as error:
         raise _problem(error, where) from error
+
+
+def _share_sleeps() -> None:
+    """Each round is a process of its own, and stops the program: the next one has to know how long it slept before."""
+    with contextlib.suppress(OSError):
+        SLEEPS.parent.mkdir(mode=0o700, exist_ok=True)
+    sleep_log.log.remember(SLEEPS)
 
 
 @contextlib.contextmanager

@@ -136,6 +136,41 @@ def test_each_round_stores_what_differs(program: subprocess.Popen[bytes], tmp_pa
     assert {tuple(line.split()[2:]) for line in after} == {tuple(after[0].split()[2:])}
 
 
+_SLEEPER = """
+import os, select, sys, time
+begun = time.monotonic()
+open(sys.argv[1], "w").close()
+select.poll().poll(9000)
+with open(sys.argv[1], "w") as out:
+    out.write(f"{time.monotonic() - begun}\\n")
+time.sleep(1000)
+"""
+
+
+def test_a_sleep_lasts_as_long_as_it_should_over_all_rounds(tmp_path: Path) -> None:
+    """Each command stops the program anew, and the kernel tells none of them how long it has slept."""
+    out, quiet = tmp_path / "out", subprocess.DEVNULL
+    command = [sys.executable, "-c", _SLEEPER, str(out)]
+    process = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+    try:
+        while not out.exists():
+            time.sleep(0.02)
+        time.sleep(1)
+        _dump("pre-dump", process.pid, tmp_path / "one")
+        _dump("pre-dump", process.pid, tmp_path / "two", "--parent", tmp_path / "one")
+        assert out.read_text() == "", "the rounds took longer than the sleep"
+        _dump("dump", process.pid, tmp_path / "last", "--parent", tmp_path / "two")
+        process.wait(5)
+        _wait_until_free(process.pid)
+        _restore(tmp_path / "last", tmp_path / "pid")
+        (took,) = _wait_for_lines(out, 1)
+        assert 9 <= float(took) < 9.9
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def test_it_may_run_on(program: subprocess.Popen[bytes], tmp_path: Path) -> None:
     _dump("dump", program.pid, tmp_path / "images", "--leave-running")
     assert verify(tmp_path / "images") == []
