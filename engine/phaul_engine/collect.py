@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, Self, TypeAlias
 
 from . import calls, gadgets, lock_move, sharing, vdso
 from .clocks import Clocks, tree_clocks
+from .cores import begin_core, dead_core, fill_core, judge_sleep
 from .errors import BusyError, EngineError
 from .gadgets import Gadgets, find_gadgets, search_gadgets
 from .images.checkpoint import Checkpoint
-from .images.pb import core_pb2, inventory_pb2, pstree_pb2, siginfo_pb2, timens_pb2, vma_pb2
+from .images.pb import core_pb2, inventory_pb2, pstree_pb2, timens_pb2, vma_pb2
 from .inquiry import Inquiry, inquire, standing
 from .lock_move import Surrender
 from .members import Member, name_threads, opened, read_name
@@ -34,17 +35,14 @@ from .proc.access import open_at, open_process, read_bytes, read_link
 from .proc.maps import Area, parse_maps, read_maps, read_smaps
 from .proc.tree import read_tree
 from .program import Program, Results
-from .registers import collect_registers
-from .sleep_log import Sleep
 from .survey import judge_threads, judge_tree
 from .syscalls import NR
-from .target import Thread, Tree, Visit
+from .target import Asking, Thread, Tree, Visit
 
 __all__ = ["Collector", "Member", "catalogue"]
 
 _IMAGE_VERSION = 2
 _OURS = 0x7FFFFFFF  # the number of whatever the engine has itself: no process gets to it
-_ALIVE, _DEAD, _STOPPED = 1, 2, 3
 _UFFD_USER_MODE_ONLY = 1  # userfaultfd(2), Linux 5.11
 _FILTERED = 2  # what it answers
 _SECOND = 1_000_000_000
@@ -106,6 +104,20 @@ class _Known:
             return False
 
 
+class _Pass(NamedTuple):
+    """A pass whose threads are being asked. `stack` ends it; `passing`, which is in it, what the kinds need open."""
+
+    tree: Tree
+    collection: Collection
+    now: Clocks
+    members: list[Member]
+    living: list[Member]
+    files: FilesPass
+    asking: Asking
+    stack: contextlib.ExitStack
+    passing: contextlib.ExitStack
+
+
 class Collector:
     """Collects a tree, any number of times. `uffds` are userfaultfds made inside the processes, by pid."""
 
@@ -125,9 +137,11 @@ class Collector:
         self._guards: dict[int, Extents] = {}
         self._new_guards: dict[int, Extents] = {}
         self._last_number = 0
+        self._pass: _Pass | None = None
 
     def close(self) -> None:
         """Close what is kept between passes."""
+        self.drop()
         for pid in list(self._known):
             self._forget(pid)
         for kind in task_kinds():
@@ -204,6 +218,30 @@ class Collector:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def begin(self, tree: Tree, *, survey: bool) -> None:
+        """The first part of a pass. Threads are being asked when it returns: what needs no tracer may be done before
+        `collect`, which goes on from here; `drop` if it is not to."""
+        self.drop()
+        with contextlib.ExitStack() as stack:
+            collection = Collection(Checkpoint(), survey=survey, options=self.options, memory=self._memory)
+            now = tree_clocks(next(iter(tree.processes.values())).proc)  # what sleeps have left counts from the stop
+            tree.read_states()
+            judge_threads(tree.threads)
+            members = self._meet(tree, stack, survey=survey)
+            passing = stack.enter_context(contextlib.ExitStack())
+            passing.enter_context(collection.passing)
+            living = [member for member in members if not member.process.zombie]
+            sysv_shm.collect(self._areas(living), collection)
+            files = passing.enter_context(FilesPass(self._files, collection))
+            asking = stack.enter_context(tree.asking(self._visits(living)))
+            self._pass = _Pass(tree, collection, now, members, living, files, asking, stack.pop_all(), passing)
+
+    def drop(self) -> None:
+        """Give up a pass that has been begun, if there is one: nothing of it is left in the tree."""
+        begun, self._pass = self._pass, None
+        if begun is not None:
+            begun.stack.close()
+
     def collect(
         self,
         tree: Tree,
@@ -220,43 +258,38 @@ class Collector:
         when everything is collected but what changes the tree's own objects (sockets go into repair mode): it writes
         down how to undo that, and holds the network. With `surrender`, the tree gives up its exclusive file locks.
         """
-        collection = Collection(Checkpoint(), survey=survey, options=self.options, memory=self._memory)
-        now = tree_clocks(next(iter(tree.processes.values())).proc)  # what sleeps have left counts from the stop
-        tree.read_states()
-        judge_threads(tree.threads)
-        with contextlib.ExitStack() as stack, contextlib.ExitStack() as passing:
-            passing.enter_context(collection.passing)
-            members = self._meet(tree, stack, survey=survey)
-            living = [member for member in members if not member.process.zombie]
-            sysv_shm.collect(self._areas(living), collection)
-            files = passing.enter_context(FilesPass(self._files, collection))
-            with tree.asking(self._visits(living)) as asking:
-                if not survey:  # what is looked at from outside can be while threads answer inside
-                    collection.inner_pids.update(self._foresee(members))
-                    self._look_outside(members, files, collection)
-                cores = {thread.tid: _begin_core(thread) for thread in tree.threads}
-                _collect_inventory(now, collection)
-                answers = asking.answers()
+        if self._pass is None or self._pass.tree is not tree:
+            self.begin(tree, survey=survey)
+        begun, self._pass = self._pass, None
+        assert begun is not None
+        with begun.stack:
+            collection, members = begun.collection, begun.members
+            if not survey:  # what is looked at from outside can be while threads answer inside
+                collection.inner_pids.update(self._foresee(members))
+                self._look_outside(members, begun.files, collection)
+            cores = {thread.tid: begin_core(thread) for thread in tree.threads}
+            _collect_inventory(begun.now, collection)
+            answers = begun.asking.answers()
             self._name(members, answers, collection)
             told: dict[int, _Told] = {}
-            for member in living:
+            for member in begun.living:
                 told |= self._collect_tasks(tree, member, answers, cores, collection)
             self._told = told
             if track:
-                self._make_uffds(tree, living)
+                self._make_uffds(tree, begun.living)
             if surrender is not None:
-                for member in living:
+                for member in begun.living:
                     visit = Visit(member.process, self._gadgets[member.pid], member.areas, {})
-                    surrender.from_inside(tree, visit, files.locks(member.files))
+                    surrender.from_inside(tree, visit, begun.files.locks(member.files))
             hold()
             self._collect_dead(members, collection)
             if survey:
-                self._look_outside(members, files, collection)
-            for member in living:
+                self._look_outside(members, begun.files, collection)
+            for member in begun.living:
                 mm = collection.checkpoint.one("mm", member.owner.inner_pid)
                 mm.mm_brk = collection.scratch["brk"][member.pid]
             self._seal(collection, seal, surrender)
-            passing.close()
+            begun.passing.close()
             for kind in task_kinds():
                 kind.finish(collection)
             self._collect_tree(members, collection)
@@ -379,8 +412,8 @@ class Collector:
             results = answers[thread.tid]
             told[thread.tid] = self._hear(view, results, collection)
             core = cores[thread.tid]
-            _fill_core(core, tree, member, thread, view)
-            _judge_sleep(thread, view, collection)
+            fill_core(core, tree, member, thread, view)
+            judge_sleep(thread, view, collection)
             core.MergeFromString(told[thread.tid].part)
             for kind, token in told[thread.tid].others:
                 kind.collect(view, token, results, core, collection)
@@ -427,10 +460,7 @@ class Collector:
     def _collect_dead(self, members: list[Member], collection: Collection) -> None:
         for member in members:
             if member.process.zombie:
-                core = core_pb2.core_entry(mtype=core_pb2.core_entry.X86_64)
-                _fill_task(core.tc, member)
-                core.tc.task_state, core.tc.exit_code = _DEAD, member.stat.exit_code
-                collection.checkpoint.put("core", member.owner.inner_pid, core)
+                collection.checkpoint.put("core", member.owner.inner_pid, dead_core(member))
 
     def _look_outside(self, members: list[Member], files: FilesPass, collection: Collection) -> None:
         """What is seen from outside: namespaces, files, memory but for the end of the heap."""
@@ -521,58 +551,6 @@ def _make_uffd(interpreter: Any, member: Member) -> int:
         interpreter.run({tid: drop})
         stack.pop_all()
     return uffd
-
-
-def _begin_core(thread: Thread) -> core_pb2.core_entry:
-    """What is known without the tracer."""
-    core = core_pb2.core_entry()
-    collect_registers(thread.state, core)
-    if thread.sleep is not None:
-        _fill_sleep(core, thread.sleep)
-    return core
-
-
-def _fill_core(core: core_pb2.core_entry, tree: Tree, member: Member, thread: Thread, view: ThreadView) -> None:
-    _fill_signals(core.thread_core.signals_p, tree.queued_signals(thread, shared=False))
-    if view.leader:
-        _fill_task(core.tc, member)
-        core.tc.blk_sigset = thread.state.sigmask
-        core.tc.task_state = _STOPPED if thread.stop_signal else _ALIVE
-        if thread.stop_signal:
-            core.tc.stop_signo = thread.stop_signal
-        _fill_signals(core.tc.signals_s, tree.queued_signals(thread, shared=True))
-
-
-def _fill_sleep(core: core_pb2.core_entry, sleep: Sleep) -> None:
-    """What is left of an interrupted sleep; and which call it was, where the kernel had made it again."""
-    registers = core.thread_info.gpregs
-    if registers.orig_ax == NR.restart_syscall:
-        registers.ax = registers.orig_ax = sleep.nr
-    if sleep.left is not None:
-        core.thread_core.remaining_ns = max(sleep.left, 1)
-
-
-def _judge_sleep(thread: Thread, view: ThreadView, collection: Collection) -> None:
-    """After a stop by somebody else, which call it was can be seen while the thread sleeps in it, but not always."""
-    if thread.sleep is not None and thread.sleep.nr == NR.restart_syscall:
-        collection.block(
-            f"thread {view.tid} of {view.owner}",
-            "in a system call that was interrupted before",
-            "it cannot be told which",
-            "another try will do when it has ended",
-            passing=True,
-        )
-
-
-def _fill_task(task: core_pb2.task_core_entry, member: Member) -> None:
-    task.task_state, task.exit_code, task.personality, task.flags, task.blk_sigset = _ALIVE, 0, 0, member.stat.flags, 0
-    task.comm = os.fsencode(member.stat.comm)
-
-
-def _fill_signals(queue: siginfo_pb2.signal_queue_entry, infos: list[bytes]) -> None:
-    queue.SetInParent()
-    for info in infos:
-        queue.signals.add(siginfo=info)
 
 
 def _ids(memory: int, files: int, fs: int, handlers: int) -> core_pb2.task_kobj_ids_entry:

@@ -232,6 +232,13 @@ class Departure:
             self.let_go()
             raise
 
+    def begin_collect(self) -> None:
+        """Have the threads of the frozen tree asked, while `send_last` goes on. Not where areas have changed, which is
+        to be seen first (`changed`), nor where pages must not be touched any more: what is injected leaves signal
+        frames in unused stack."""
+        with looking():
+            self._collector.begin(self._frozen, survey=False)
+
     @property
     def stopped_at(self) -> float:
         """When the stop of the frozen tree began (CLOCK_MONOTONIC); what is looked at before costs it nothing."""
@@ -296,6 +303,7 @@ class Departure:
 
     def let_go(self) -> None:
         """Detach from the frozen tree: it runs on, unless a frozen cgroup holds it."""
+        self._collector.drop()
         tree, self._tree = self._tree, None
         if tree is not None:
             tree.close()

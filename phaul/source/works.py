@@ -431,6 +431,8 @@ class SourceWorks:
             phases.over("freeze")
             same = not self._departure.changed()
             if same:
+                if not (self._orders.verify or self.haul.active):
+                    self._departure.begin_collect()
                 self._send_last()
                 phases.over("last scan")
             if self.haul.active:
