@@ -25,6 +25,8 @@ from phaul_engine.memory.extents import PAGE_SIZE, Extents, Place
 from phaul_engine.memory.sink import PageSink
 from phaul_engine.memory.source import Codec, PageSource
 from phaul_engine.memory.stream import Channel, Role, StreamHello
+from phaul_engine.native import check, lib, new_error
+from phaul_engine.syscalls import NR
 
 from phaul.transport.pages import Identity, make_identity
 
@@ -36,6 +38,7 @@ _REPEATS = 5
 _TIMEOUT = 120.0
 _START = 0x5B0000000000  # where both processes have the memory
 _FIXED_NOREPLACE = 0x100000
+_USER_MODE_ONLY = 1  # of userfaultfd(2)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -46,6 +49,15 @@ def _map(size: int) -> None:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _FIXED_NOREPLACE
     if _libc.mmap(_START, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != _START:
         raise OSError(ctypes.get_errno(), "map the benchmark's memory")
+
+
+def _userfaultfd(size: int) -> int:
+    """As skeleton tasks have one of their areas until the first round is in."""
+    uffd = int(_libc.syscall(NR.userfaultfd, os.O_CLOEXEC | _USER_MODE_ONLY))
+    err = new_error()
+    check(lib.ph_uffd_enable(uffd, err), err)
+    check(lib.ph_uffd_track(uffd, _START, _START + size, err), err)
+    return uffd
 
 
 def _receive_tls(port: socket.socket, us: Identity, size: int) -> None:
@@ -86,6 +98,7 @@ def _receive_pages(port: socket.socket, us: Identity, them: Identity, size: int,
     control = channels.pop()
     with control, PageSink(channels) as sink:
         sink.add(1, Place(os.getpid(), -1))
+        sink.fill(1, _userfaultfd(size))
         sink.allow(0)
         sink.wait(0, _TIMEOUT)
         control.send(b"done", _TIMEOUT)

@@ -49,6 +49,8 @@ class Landing:
         self.skeleton.build()
         self._sink.guard(*self.skeleton.bounds)
         self._connect()
+        for inner_pid, uffd in self.skeleton.filling.descriptors.items():
+            self._sink.fill(objects.address_space(inner_pid), uffd)
 
     def allow(self, number: int) -> None:
         """Pages of round `number` may come in."""
@@ -56,6 +58,8 @@ class Landing:
 
     def protect(self) -> None:
         """Round 0 is in: areas get their final protection."""
+        for inner_pid in self.skeleton.filling.descriptors:
+            self._sink.fill(objects.address_space(inner_pid), -1)
         self.skeleton.protect()
 
     def update(self, checkpoint: Checkpoint) -> None:

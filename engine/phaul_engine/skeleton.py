@@ -20,6 +20,7 @@ from .births import Births, Task
 from .clocks import Clocks, machine_clocks, offsets
 from .equipment import Equipment
 from .errors import IMPOSSIBLE, EngineError, RebuildError, cannot_make
+from .filling import Filling
 from .gadgets import find_syscall
 from .images import demands, verify
 from .images.checkpoint import Checkpoint
@@ -84,6 +85,8 @@ class Skeleton:
         self._cleanup.callback(self.shared.close)
         self._spaces = Spaces(self._births, self.restoration, self.shared)
         self._equipment = Equipment(self._births, self.restoration)
+        self.filling = Filling()
+        self._cleanup.callback(self.filling.end)
 
     # -- the stages ----------------------------------------------------------------------------------------------
 
@@ -109,6 +112,8 @@ class Skeleton:
             for task in living:
                 if task.node.pid not in ready:
                     fill(task)
+        else:
+            self.filling.begin(self._births)
         self._equipment.settle(early=True)
         self._prepare()
 
@@ -157,6 +162,7 @@ class Skeleton:
 
     def protect(self) -> None:
         """Give areas their final protection: once the first round is in. Later pages go through /proc/PID/mem."""
+        self.filling.end()
         for task in self._births.living:
             self._spaces.protect(task)
 

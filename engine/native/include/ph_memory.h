@@ -216,6 +216,9 @@ int ph_sink_add (struct ph_sink *sink, uint64_t object, struct ph_place place, s
 /* The object's pages are appended to the image file `fd`; `ph_sink_records` tells what stands where. */
 int ph_sink_add_image (struct ph_sink *sink, uint64_t object, int fd, struct ph_error *err);
 int ph_sink_remove (struct ph_sink *sink, uint64_t object, struct ph_error *err);
+/* Pages of a process where there are none yet come in by `uffd` (duplicated), a userfaultfd of it whose areas are
+   registered; -1 ends that. At any time. */
+int ph_sink_fill (struct ph_sink *sink, uint64_t object, int uffd, struct ph_error *err);
 /* Pages of processes never go to [start, end): there is memory of the engine's own. EPROTO for those that would. */
 void ph_sink_guard (struct ph_sink *sink, uint64_t start, uint64_t end);
 

@@ -3,7 +3,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -198,6 +200,29 @@ ph_write_runs (struct ph_place place, const struct ph_extent *runs, unsigned int
 	if (place.pid > 0)
 		return write_process (place, runs, count, buffer, err);
 	return write_descriptor (place.fd, runs, count, buffer, err);
+}
+
+int
+ph_copy_runs (int uffd, struct ph_place place, const struct ph_extent *runs, unsigned int count, const void *buffer,
+	      struct ph_error *err)
+{
+	const uint8_t *from = buffer;
+
+	for (unsigned int i = 0; i < count; i++) {
+		uint64_t size = (uint64_t) runs[i].nr_pages * PH_PAGE_SIZE;
+		struct uffdio_copy copy = {
+			.dst = runs[i].start,
+			.src = (uintptr_t) from,
+			.len = size,
+			.mode = UFFDIO_COPY_MODE_DONTWAKE,
+		};
+		uint64_t done = ioctl (uffd, UFFDIO_COPY, &copy) == 0 ? size : copy.copy > 0 ? (uint64_t) copy.copy : 0;
+		struct ph_extent rest = { runs[i].start + done, (size - done) / PH_PAGE_SIZE, PH_EXTENT_DATA };
+		if (rest.nr_pages && ph_write_runs (place, &rest, 1, from + done, err) < 0)
+			return -1;
+		from += size;
+	}
+	return 0;
 }
 
 int

@@ -29,6 +29,11 @@ int ph_read_runs (struct ph_place place, const struct ph_extent *runs, unsigned 
 int ph_write_runs (struct ph_place place, const struct ph_extent *runs, unsigned int count, const void *buffer,
 		   struct ph_error *err);
 
+/* Into memory of a process where nothing is yet, by a userfaultfd of it (UFFDIO_COPY in ioctl_userfaultfd(2)): no page is
+   cleared first. What is there already, or not registered, is written as by `ph_write_runs`. */
+int ph_copy_runs (int uffd, struct ph_place place, const struct ph_extent *runs, unsigned int count, const void *buffer,
+		  struct ph_error *err);
+
 /* Make pages read as zero: written in a process (nothing drops pages of another one), punched out of a descriptor. */
 int ph_zero_run (struct ph_place place, uint64_t start, uint64_t nr_pages, struct ph_error *err);
 

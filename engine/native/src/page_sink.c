@@ -18,6 +18,7 @@
 struct target {
 	uint64_t number;
 	struct ph_place place;
+	int uffd;                       /* for pages where nothing is yet, or -1 */
 	bool image;
 	struct ph_record *records;      /* of an image, in the order of the file */
 	size_t nr_records;
@@ -139,6 +140,8 @@ put_in_place (struct stream *stream, struct target *target, const struct ph_fram
 		else
 			stream->stats.pages_dropped += runs[i].nr_pages;
 	}
+	if (target->uffd >= 0)
+		return ph_copy_runs (target->uffd, target->place, runs, kept, stream->pages, err);
 	return kept ? ph_write_runs (target->place, runs, kept, stream->pages, err) : 0;
 }
 
@@ -332,6 +335,8 @@ free_target (struct target *target)
 {
 	if (target->place.fd >= 0)
 		close (target->place.fd);
+	if (target->uffd >= 0)
+		close (target->uffd);
 	free (target->records);
 	free (target);
 }
@@ -381,6 +386,7 @@ add_target (struct ph_sink *sink, uint64_t number, struct ph_place place, bool i
 		return ph_fail (err, ENOMEM, "add object %lu", (unsigned long) number);
 	target->number = number;
 	target->image = image;
+	target->uffd = -1;
 	target->place = (struct ph_place) { place.pid, -1 };
 	if (place.fd >= 0 && (target->place.fd = fcntl (place.fd, F_DUPFD_CLOEXEC, 3)) < 0) {
 		free_target (target);
@@ -429,6 +435,29 @@ ph_sink_remove (struct ph_sink *sink, uint64_t number, struct ph_error *err)
 		return ph_fail (err, ENOENT, "remove object %lu", (unsigned long) number);
 	free_target (target);
 	return 0;
+}
+
+int
+ph_sink_fill (struct ph_sink *sink, uint64_t number, int uffd, struct ph_error *err)
+{
+	int ours = uffd < 0 ? -1 : fcntl (uffd, F_DUPFD_CLOEXEC, 3);
+	int failed = uffd >= 0 && ours < 0 ? ph_fail (err, errno, "duplicate a userfaultfd") : 0;
+
+	if (failed)
+		return failed;
+	pthread_rwlock_wrlock (&sink->targets_lock);
+	struct target **slot = find_target (sink, number);
+	if (slot) {
+		int before = (*slot)->uffd;
+		(*slot)->uffd = ours;
+		ours = before;
+	} else {
+		failed = ph_fail (err, ENOENT, "fill object %lu", (unsigned long) number);
+	}
+	pthread_rwlock_unlock (&sink->targets_lock);
+	if (ours >= 0)
+		close (ours);
+	return failed;
 }
 
 void

@@ -53,6 +53,11 @@ class PageSink(StreamThreads):
         """Where an object's pages go. Areas must be writable, or place.fd be the process's /proc/PID/mem."""
         called(lib.ph_sink_add, self._handle, number, place.native())
 
+    def fill(self, number: int, uffd: int) -> None:
+        """Bring pages of a process where there are none yet in by this userfaultfd of it, whose areas are registered
+        (it is duplicated); -1 ends that. Saves the kernel to clear what is written over at once."""
+        called(lib.ph_sink_fill, self._handle, number, uffd)
+
     def add_image(self, number: int, fd: int) -> None:
         """Append an object's pages to the image file `fd`."""
         called(lib.ph_sink_add_image, self._handle, number, fd)
