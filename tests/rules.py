@@ -164,15 +164,15 @@ RULES = (
         "            hold()\n"
         "            self._collect_dead(members, collection)\n"
         "            if survey:\n"
-        "                self._look_outside(members, files, collection)\n"
-        "            for member in living:\n"
+        "                self._look_outside(members, begun.files, collection)\n"
+        "            for member in begun.living:\n"
         '                mm = collection.checkpoint.one("mm", member.owner.inner_pid)\n'
         '                mm.mm_brk = collection.scratch["brk"][member.pid]\n'
         "            self._seal(collection, seal, surrender)\n",
         "            self._collect_dead(members, collection)\n"
         "            if survey:\n"
-        "                self._look_outside(members, files, collection)\n"
-        "            for member in living:\n"
+        "                self._look_outside(members, begun.files, collection)\n"
+        "            for member in begun.living:\n"
         '                mm = collection.checkpoint.one("mm", member.owner.inner_pid)\n'
         '                mm.mm_brk = collection.scratch["brk"][member.pid]\n'
         "            self._seal(collection, seal, surrender)\n"
