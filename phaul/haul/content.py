@@ -6,16 +6,25 @@ sent, and sends those whose hash is another; block and hash are of one reading, 
 
 from __future__ import annotations
 
+import collections
 import errno
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import NamedTuple, TypeAlias
 
 from .wire import Outbox
 
 SMALL = 1 << 18  # bytes of a file that is sent whole
 BLOCK = 1 << 16
 _DIGEST = 16  # bytes of a hash
+_SPAN = 16  # blocks that are read at once
+_BRIEF = 1 << 22  # bytes that are hashed before another thread has begun
+_AHEAD = 32  # spans that are read before those before them were sent
+_Extent: TypeAlias = tuple[int, list[tuple[int, int]]]
+"""The number of a block, and where in the file it has data."""
 
 
 def runs(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -57,8 +66,8 @@ class Blocks:
 
     def learn(self, fd: int, size: int) -> None:
         """The destination has the same as this file."""
-        for number, _ in _blocks(runs(fd, size)):
-            self._hashes[number] = _hash(os.pread(fd, BLOCK, number * BLOCK))
+        for block in self._changed(fd, size):
+            self._hashes[block.number] = block.digest
         self._known = True
 
     def send(self, fd: int, path: str, size: int, outbox: Outbox, *, fresh: bool, tree: int) -> None:
@@ -66,12 +75,15 @@ class Blocks:
         outbox.put(op="put", tree=tree, path=path, size=size)
         seen: set[int] = set()
         end = 0
-        for number, ranges in _blocks(runs(fd, size)):
+        for block in self._changed(fd, size):
+            number = block.number
             if not fresh and not self._known and end < number:  # somebody else has sent something, perhaps here
                 _hole(path, end, number, outbox, tree)
             end = number + 1
             seen.add(number)
-            self._block(fd, path, number, ranges, outbox, tree)
+            if block.content:
+                self._hashes[number] = block.digest
+                block.send(path, outbox, tree)
         last = -(-size // BLOCK)
         if not fresh and not self._known and end < last:
             _hole(path, end, last, outbox, tree)
@@ -81,25 +93,73 @@ class Blocks:
                 _hole(path, number, number + 1, outbox, tree)
         self._known = True
 
-    def _block(self, fd: int, path: str, number: int, ranges: list[tuple[int, int]], outbox: Outbox, tree: int) -> None:
-        """Holes in it stay, or become, holes there."""
-        begin = number * BLOCK
-        block = os.pread(fd, BLOCK, begin)
-        digest = _hash(block)
-        if self._hashes.get(number) == digest:
+    def _changed(self, fd: int, size: int) -> Iterator[_Block]:
+        """All blocks with data, in order; those that have changed with what they hold. Those of a file that takes long
+        are read and hashed by several threads, a little ahead."""
+        spans = _spans(_blocks(runs(fd, size)))
+        if size <= _BRIEF:
+            for span in spans:
+                yield from self._read(fd, span)
             return
-        self._hashes[number] = digest
-        if ranges[0][0] > begin or len(ranges) > 1 or ranges[-1][1] < begin + len(block):
-            _hole(path, number, number + 1, outbox, tree)
-        for first, last in ranges:
-            outbox.put(block[first - begin : last - begin], op="data", tree=tree, path=path, offset=first)
+        waiting: collections.deque[Future[list[_Block]]] = collections.deque()
+        pool = _pool()
+        try:
+            for span in spans:
+                waiting.append(pool.submit(self._read, fd, span))
+                if len(waiting) > _AHEAD:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            wait(waiting)  # they read the descriptor
+
+    def _read(self, fd: int, span: list[_Extent]) -> list[_Block]:
+        begin = span[0][0] * BLOCK
+        content = memoryview(os.pread(fd, len(span) * BLOCK, begin))
+        found = []
+        for number, ranges in span:
+            block = content[number * BLOCK - begin :][:BLOCK]
+            digest = hashlib.sha256(block).digest()[:_DIGEST]
+            same = self._hashes.get(number) == digest
+            found.append(_Block(number, ranges, digest, b"" if same else block))
+        return found
 
 
-def _hash(block: bytes) -> bytes:
-    return hashlib.sha256(block).digest()[:_DIGEST]
+class _Block(NamedTuple):
+    """A block of a file; it has no content if it is known."""
+
+    number: int
+    ranges: list[tuple[int, int]]
+    digest: bytes
+    content: bytes | memoryview
+
+    def send(self, path: str, outbox: Outbox, tree: int) -> None:
+        """Holes in it stay, or become, holes there."""
+        begin = self.number * BLOCK
+        if self.ranges[0][0] > begin or len(self.ranges) > 1 or self.ranges[-1][1] < begin + len(self.content):
+            _hole(path, self.number, self.number + 1, outbox, tree)
+        for first, last in self.ranges:
+            outbox.put(self.content[first - begin : last - begin], op="data", tree=tree, path=path, offset=first)
 
 
-def _blocks(found: Iterable[tuple[int, int]]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "phaul-hash")
+
+
+def _spans(found: Iterable[_Extent]) -> Iterator[list[_Extent]]:
+    """Blocks that follow each other, some at a time."""
+    span: list[_Extent] = []
+    for one in found:
+        if span and (len(span) == _SPAN or one[0] != span[-1][0] + 1):
+            yield span
+            span = []
+        span.append(one)
+    if span:
+        yield span
+
+
+def _blocks(found: Iterable[tuple[int, int]]) -> Iterator[_Extent]:
     """Each block that has data, with where that is."""
     number, ranges = -1, list[tuple[int, int]]()
     for begin, end in found:
