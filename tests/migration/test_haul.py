@@ -213,6 +213,26 @@ def test_a_bundle_that_is_a_mount_of_its_own(hosts: Hosts, tmp_path: Path) -> No
     made.end()
 
 
+def test_a_bundle_on_tmpfs(hosts: Hosts) -> None:
+    """As below /run: its files are the haul's, and not carried as memory; nor has it to be tmpfs there."""
+    made = Container(hosts, "runc")
+    parent = str(Path(PLACE).parent)
+    hosts.a.path(parent).mkdir()
+    hosts.a.run(["mount", "-t", "tmpfs", "-o", "size=100m,mode=755", "memory", parent])
+    made.make()
+    made.start()
+    for source in (hosts.a, hosts.b):
+        status, result = made.move(source)
+        assert (status, result["outcome"]) == (0, "migrated"), result
+        made.goes_on(hosts.other(source))
+    assert (_left(hosts.a), _left(hosts.b)) == (["web", "web.migrated"], ["web.migrated"])
+    hosts.a.run(["runc", "kill", made.name, "TERM"])
+    wait_until(lambda: made.state(hosts.a) == "stopped", "it ends", 20.0)
+    assert made.status(hosts.a)["state"] == "pass", made.status(hosts.a)
+    hosts.a.run(["sh", "-c", f"runc delete {made.name} && umount {parent} && rmdir {parent}"])
+    shutil.rmtree(hosts.b.path(parent))
+
+
 def test_file_attributes_go_along(hosts: Hosts, one: Container) -> None:
     """What may not be changed can be sent all the same, and be removed where it is not to stay."""
     known = {"some/file": "i", "some/directory": "a", "bin/busybox": "A"}

@@ -54,6 +54,8 @@ def carries(descriptor: Descriptor, collection: Collection) -> bool:
     device = descriptor.status.st_dev
     if not collection.options.get(OPTION) or mounted.comes_along(device, collection):
         return False
+    if mounted.in_tree(descriptor, collection):
+        return False
     return on_tmpfs(descriptor.own, device)
 
 

@@ -46,6 +46,9 @@ class Source(Protocol):
     def comes_along(self, device: int) -> bool:
         """Whether a file system, by the number that stat(2) tells, is carried with all its files."""
 
+    def in_tree(self, owner: Owner, mount: int) -> bool:
+        """Whether a mount is of something in a directory of this host that goes along by itself."""
+
 
 class Target(Protocol):
     """The same at the destination; descriptors stay the giver's."""
@@ -97,6 +100,14 @@ def comes_along(device: int, collection: Collection) -> bool:
     """Whether a file system is carried with all its files."""
     source: Source | None = collection.scratch.get(SCRATCH)
     return source is not None and source.comes_along(device)
+
+
+def in_tree(descriptor: Descriptor, collection: Collection) -> bool:
+    """Whether a file is in a directory of this host that goes along by itself."""
+    source: Source | None = collection.scratch.get(SCRATCH)
+    if source is None or not source.own(descriptor.owner):
+        return False
+    return source.in_tree(descriptor.owner, _open_on(descriptor))
 
 
 def names_start(mount: int, restoration: Restoration) -> int:

@@ -41,7 +41,7 @@ class Host:
         self._by_device: dict[int, list[Mount]] = {}
         self.groups: set[int] = set()
         mounts = list(mounts)
-        for mount in (*(_narrowed(place, mounts) for place in places), *mounts):
+        for mount in (*(narrowed(place, mounts) for place in places), *mounts):
             self._by_device.setdefault(mount.dev, []).append(mount)
             group = mount.propagates("shared")
             if group is not None:
@@ -68,7 +68,7 @@ class Host:
         return ""
 
 
-def _narrowed(place: str, mounts: list[Mount]) -> Mount:
+def narrowed(place: str, mounts: list[Mount]) -> Mount:
     """The mount that a directory of this host is on, as if nothing else were mounted of it."""
     path = os.fsencode(place)
     above = [mount for mount in mounts if lies_in(path, os.fsencode(mount.point))]

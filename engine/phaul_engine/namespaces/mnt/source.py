@@ -23,7 +23,7 @@ from phaul_engine.proc.mountinfo import Mount, own_mounts, parse_mounts
 from . import api, archive, externals, filesystems, peel
 from .filesystems import Way
 from .ids import Ids
-from .judge import Host, Judge, Known, make_entry
+from .judge import Host, Judge, Known, make_entry, narrowed
 from .tree import MountTree, lies_in, os_text
 
 IMAGE = "mountpoints"
@@ -66,6 +66,7 @@ class Pass:
     """What is known across the namespaces of one pass."""
 
     host: Host
+    hauled: tuple[Mount, ...] = ()
     known: Known = field(default_factory=Known)
     trees: dict[int, MountTree] = field(default_factory=dict)  # by the engine's number of a process
     content: dict[int, dict[bytes, _Kept]] = field(default_factory=dict)  # by device, and directory of it
@@ -97,7 +98,15 @@ class Pass:
 
     def comes_along(self, device: int) -> bool:
         """See `objects.mounted`."""
-        return os.major(device) << 20 | os.minor(device) in self.content
+        return _number(device) in self.content
+
+    def in_tree(self, owner: Owner, mount: int) -> bool:
+        """See `objects.mounted`."""
+        entry = self.trees[owner.pid].entries.get(mount)
+        if entry is None:
+            return False
+        known = (os.fsencode(one.root) for one in self.hauled if _number(one.dev) == entry.root_dev)
+        return any(lies_in(entry.root, root) for root in known)
 
     def hides(self, owner: Owner, mount: int, name: str) -> bool:
         """See `objects.mounted`."""
@@ -112,7 +121,9 @@ def collect(view: NamespaceView, collection: Collection) -> None:
     if now is None:
         alone = collection.options.get(externals.MOUNTED, ())
         mounts = [mount for mount in own_mounts() if mount.point not in alone]
-        now = collection.scratch[_MEMORY] = Pass(Host(mounts, collection.options.get(externals.TREES, ())))
+        trees = collection.options.get(externals.TREES, ())
+        hauled = tuple(narrowed(place, mounts) for place in trees)
+        now = collection.scratch[_MEMORY] = Pass(Host(mounts, trees), hauled)
     with ExitStack() as stack:
         reader = _Reader(view, stack)
         text = reader.mounts()
@@ -128,6 +139,11 @@ def collect(view: NamespaceView, collection: Collection) -> None:
         collection.checkpoint.adopt(IMAGE, view.number, seen.records)
         _collect_content(view, reader, seen, now, collection)
     now.trees.update((member.pid, seen.tree) for member in view.members)
+
+
+def _number(device: int) -> int:
+    """A device as images have it."""
+    return os.major(device) << 20 | os.minor(device)
 
 
 def close(memory: dict[str, Any]) -> None:
