@@ -120,14 +120,16 @@ def program_facts(pid: int, options: dict[str, Any] | None = None, store: Store 
     written: dict[str, WrittenFile] = {}
     carried: dict[str, CarriedFile] = {}
     inodes: set[int] = set()
-    memory = copies = 0
+    memory = copies = level = 0
     for process in processes:
         try:
             proc = access.open_process(process.pid)
         except GoneError:
             continue
         try:
-            numbers |= _numbers(process, proc)
+            if process is root:
+                level = len(read_status(proc).ns_pid) - 1
+            numbers |= _numbers(process, proc, level)
             findings += _tracer(process, proc)
             more, shared = _memory(process.pid)
             memory, copies = memory + more, copies + shared
@@ -188,15 +190,16 @@ def _who(process: tree.Process) -> str:
     return f"pid {process.pid} ({process.comm})"
 
 
-def _numbers(process: tree.Process, proc: int) -> dict[int, str]:
-    """Inner numbers: what the process and its threads know themselves by, and are to be known by there."""
+def _numbers(process: tree.Process, proc: int, level: int) -> dict[int, str]:
+    """Inner numbers: what the first process of the tree knows the process and its threads by, and they are to be known
+    by there. Its pid namespace is the one `level` below ours."""
     found: dict[int, str] = {}
     status = read_status(proc)
     for tid in process.threads:
         with contextlib.suppress(EngineError):
-            inner = parse_status(access.read_bytes(proc, f"task/{tid}/status")).ns_pid[-1]
+            inner = parse_status(access.read_bytes(proc, f"task/{tid}/status")).ns_pid[level]
             found[inner] = _who(process) if tid == process.pid else f"a thread of {_who(process)}"
-    for number, name in ((status.ns_sid[-1], "session"), (status.ns_pgid[-1], "process group")):
+    for number, name in ((status.ns_sid[level], "session"), (status.ns_pgid[level], "process group")):
         if number and number not in found:
             found[number] = f"the {name} of {_who(process)}"
     return found

@@ -12,20 +12,10 @@ import os
 import time
 
 from .arena import Arena
+from .namespaces import last_pid
 from .program import Buf, Program
 
-_LAST = "/proc/sys/kernel/ns_last_pid"
 _PATIENCE = 5.0  # seconds
-
-
-def open_last() -> int:
-    """What the number before the next is written to; of the pid namespace of whoever writes."""
-    return os.open(_LAST, os.O_WRONLY | os.O_CLOEXEC)
-
-
-def before(number: int) -> bytes:
-    """What is written so that a number comes next."""
-    return str(number - 1).encode()
 
 
 class Aim:
@@ -34,7 +24,7 @@ class Aim:
     def __init__(self, arena: Arena, slot: int, number: int) -> None:
         self._arena = arena
         self._slot = slot
-        self._text = before(number)
+        self._text = last_pid.before(number)
         self._words = Buf(0, 0)
 
     def stand(self, program: Program) -> None:
@@ -50,7 +40,7 @@ class Aim:
     def shoot(self) -> None:
         """While it runs: once it waits, say which number comes next, and let it go on."""
         words = self._arena.words(self._slot, self._words)
-        fd = open_last()
+        fd = last_pid.open_last()
         try:
             deadline = time.monotonic() + _PATIENCE
             while not words[0] and time.monotonic() < deadline:  # if it fails, that is told when it ends

@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from . import aiming, catching, plan
+from . import catching, plan
 from .arena import OwnArena, Seat
+from .bearing import CLONE_NEWPID, CLONE_PARENT, Bearing
 from .clocks import Clocks
 from .errors import EngineError, GoneError, RebuildError
 from .images.pb import vma_pb2
@@ -28,7 +29,6 @@ from .target import Tracer, reap, seccomp_filters
 from .transfer import Passage, Table
 
 _THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM FS FILES SIGHAND THREAD SYSVSEM (clone(2))
-_CLONE_THREAD = 0x10000
 _SHARING_FLAGS = {plan.FILES: 0x400, plan.DIRECTORIES: 0x200}  # CLONE_FILES, CLONE_FS
 _SIGCHLD = 17
 _SIG_SETMASK = 2
@@ -43,8 +43,6 @@ _SOCKET_AT_BIRTH = 5
 _ALL_SIGNALS = b"\xff" * 8
 _NEWUSER, _NEWTIME = 0x10000000, 0x80
 _EXEC_PATIENCE = 5.0  # seconds
-_TRIES = 20  # to have a task born with the number that it is to have
-_FREE_PATIENCE = 0.5  # seconds that somebody else may have that number meanwhile
 
 
 @dataclass
@@ -75,15 +73,15 @@ class Births:
     ) -> None:
         self.tasks: dict[int, Task] = {}
         self.init: Task | None = None  # process 1 of a PID namespace of the tree's own, if it gets one
-        self._tracer = tracer
+        self.tracer = tracer
         self._restoration = restoration
         self._cgroup = cgroup
         self._clocks = clocks
         self._caught = int(restoration.options.get(catching.ROOT, 0))
         self._cleanup = contextlib.ExitStack()
-        self._arena = OwnArena(2 * threads + _SPARE_SLOTS)
-        self._cleanup.callback(self._arena.close)
-        self._free = list(range(self._arena.slots))
+        self.arena = OwnArena(2 * threads + _SPARE_SLOTS)
+        self._cleanup.callback(self.arena.close)
+        self._free = list(range(self.arena.slots))
         self._code_size = ffi.new("size_t *")
         lib.ph_interp_code(self._code_size)
         with contextlib.ExitStack() as failed:
@@ -94,6 +92,8 @@ class Births:
         self._cleanup.callback(self._passage.close)
         self.namespaces = Namespaces(restoration)
         self._cleanup.callback(self.namespaces.close)
+        self._bearing = Bearing(self)
+        self._cleanup.callback(self._bearing.close)
 
     def close(self) -> None:
         """Close what is ours; tasks that are halted or let go need it no more."""
@@ -107,7 +107,7 @@ class Births:
     @property
     def bounds(self) -> tuple[int, int]:
         """The addresses that the interpreter and its arena take in every task."""
-        code = self._address + self._arena.size
+        code = self._address + self.arena.size
         return self._address, code + (self._code_size[0] + _PAGE - 1) // _PAGE * _PAGE
 
     # -- programs ------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ class Births:
     def run(self, task: Task, program: Program) -> Results:
         """Run a program in the leader of a task."""
         seat = task.seats[task.node.pid]
-        return self._arena.run(self._tracer.handle, {seat: program})[seat]
+        return self.arena.run(self.tracer.handle, {seat: program})[seat]
 
     def run_all(self, programs: dict[Seat, Program], meanwhile: Callable[[], None] | None = None) -> None:
         """Run programs in threads, all at once; one that does not fit into a slot in parts. `meanwhile` is done while
@@ -124,13 +124,13 @@ class Births:
         count = max(map(len, parts.values()), default=0)
         for index in range(count):
             now = {seat: mine[index] for seat, mine in parts.items() if index < len(mine)}
-            self._arena.order(self._tracer.handle, now, meanwhile=meanwhile if index == count - 1 else None)
+            self.arena.order(self.tracer.handle, now, meanwhile=meanwhile if index == count - 1 else None)
         if not count and meanwhile is not None:
             meanwhile()
 
     def lend(self, seat: Seat, content: bytes) -> int:
         """Put bytes into the slot of a thread that interprets no more; returns their address in the task."""
-        return self._address + self._arena.lend(seat.slot, content)
+        return self._address + self.arena.lend(seat.slot, content)
 
     # -- beginnings and ends -------------------------------------------------------------------------------------
 
@@ -144,16 +144,21 @@ class Births:
                 self._fork(self.tasks[parent.pid], child)
             case plan.NewSession(node):
                 self._begin_session(self.tasks[node.pid])
-            case plan.JoinGroup(node):
-                program = Program()
-                program.order(NR.setpgid, 0, node.pgid, label=f"join process group {node.pgid}")
-                self.run(self.tasks[node.pid], program)
+            case plan.JoinGroup(node, parent):
+                self._join_group(node, parent)
             case plan.Adoption(node):
                 program = Program()
                 program.order(NR.prctl, _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
                 self.run(self.tasks[node.pid], program)
             case plan.Death(node, parent):
                 self._die(self.tasks[node.pid], self.tasks[parent.pid] if parent else self.init)
+
+    def _join_group(self, node: plan.Node, parent: plan.Node | None) -> None:
+        who = parent or node
+        numbers = node.name(node.pid).seen(who.space) if parent else 0, node.name(node.pgid).seen(who.space)
+        program = Program()
+        program.order(NR.setpgid, *numbers, label=f"join process group {node.pgid}")
+        self.run(self.tasks[who.pid], program)
 
     def _begin_session(self, task: Task) -> None:
         program = Program()
@@ -166,7 +171,7 @@ class Births:
         """Start the threads that a task has not yet."""
         for tid in task.node.threads:
             if tid not in task.seats:
-                task.seats[tid] = self._clone(task, tid, flags=_THREAD_FLAGS, exit_signal=0)
+                task.seats[tid] = self._bearing.bear(task, task.node.name(tid), flags=_THREAD_FLAGS, exit_signal=0)
 
     def drop_threads(self, task: Task) -> None:
         """End the threads that a task is not to have any more."""
@@ -180,7 +185,7 @@ class Births:
             for tid in [tid for tid in task.seats if tid != task.node.pid]:
                 self._end_thread(task, tid)
             err = new_error()
-            check(lib.ph_end(self._tracer.handle, task.pid, signal.SIGKILL, err), err)
+            check(lib.ph_end(self.tracer.handle, task.pid, signal.SIGKILL, err), err)
             self._free.append(task.seats[task.node.pid].slot)
             self._restoration.forget_task(task.node.pid)
         if parent is not None:
@@ -192,12 +197,12 @@ class Births:
         program = Program()
         program.order(NR.exit, 0)
         with contextlib.suppress(GoneError):
-            self._arena.run(self._tracer.handle, {seat: program})
+            self.arena.run(self.tracer.handle, {seat: program})
         self._free.append(seat.slot)
 
     def _find_hole(self) -> int:
         """An address that no process of the tree uses, nor is likely to: the middle of the widest common gap."""
-        size = self._arena.size + self._code_size[0]
+        size = self.arena.size + self._code_size[0]
         checkpoint = self._restoration.checkpoint
         taken = sorted(
             (vma.start, vma.end) for ident in checkpoint.idents("mm") for vma in checkpoint.one("mm", ident).vmas
@@ -212,10 +217,21 @@ class Births:
             raise RebuildError("the programs leave no room in their address space for the interpreter")
         return (best[1] + best[0] // 2) & ~0x1FFFFF
 
-    def _slot(self) -> int:
+    def take_slot(self) -> int:
+        """A slot of the arena that nobody has, ready for a birth."""
         if not self._free:
             raise RebuildError("the tree grew beyond what was made ready for it")
-        return self._free.pop(0)
+        slot = self._free.pop(0)
+        self.arena.prepare(slot, self._address)
+        return slot
+
+    def give_slot(self, slot: int) -> None:
+        """Nobody has it any more."""
+        self._free.append(slot)
+
+    def view(self, task: Task) -> SkeletonTask:
+        """A task as others see it."""
+        return self._restoration.tasks[task.node.pid]
 
     def _bear_root(self, node: plan.Node) -> None:
         if self._caught:
@@ -262,20 +278,19 @@ class Births:
             os.close(fd)
         program = Program()
         pid_namespace.execute(program, number, first)
-        self._arena.ring(seat, program)
+        self.arena.ring(seat, program)
         deadline = time.monotonic() + _EXEC_PATIENCE
         while not pid_namespace.is_init(seat.tid):
-            self._arena.check(seat, program)
+            self.arena.check(seat, program)
             if time.monotonic() > deadline:
                 raise RebuildError("the init of the PID namespace did not start")
             time.sleep(0.0001)
         err = new_error()
-        check(lib.ph_halt(self._tracer.handle, ffi.new("int32_t[]", [seat.tid]), 1, 5000, err), err)
+        check(lib.ph_halt(self.tracer.handle, ffi.new("int32_t[]", [seat.tid]), 1, 5000, err), err)
 
     def _spawn(self, node: plan.Node, namespaces: int = 0) -> Task:
         """A task that is a child of ours, or was caught (`catching`)."""
-        slot = self._slot()
-        self._arena.prepare(slot, self._address)
+        slot = self.take_slot()
         birth = ffi.new("struct ph_birth *")
         birth.set_tid[0], birth.set_tid_count = node.pid, 1
         birth.namespaces = namespaces
@@ -283,10 +298,10 @@ class Births:
         keep = [ffi.new("char[]", text) for text in (ids.uid_map, ids.gid_map)] if ids else []
         if ids:
             (birth.uid_map, birth.gid_map), birth.deny_setgroups = keep, ids.deny_groups
-        birth.cgroup, birth.arena, birth.slot = self._cgroup, self._arena.fd, slot
+        birth.cgroup, birth.arena, birth.slot = self._cgroup, self.arena.fd, slot
         birth.socket = self._passage.theirs.fileno()
-        birth.arena_address, birth.arena_size = self._address, self._arena.size
-        birth.code_address = self._address + self._arena.size
+        birth.arena_address, birth.arena_size = self._address, self.arena.size
+        birth.code_address = self._address + self.arena.size
         if self._clocks is not None:
             birth.timens = 1
             birth.monotonic_sec, birth.monotonic_nsec = divmod(self._clocks.monotonic, 1_000_000_000)
@@ -294,10 +309,10 @@ class Births:
         err = new_error()
         if self._caught:
             self._take_in(self._caught)
-            self._restoration.scratch[seccomp.BASE] = seccomp_filters(self._tracer, self._caught)
-            pid = check(lib.ph_adopt(self._tracer.handle, self._caught, birth, err), err)
+            self._restoration.scratch[seccomp.BASE] = seccomp_filters(self.tracer, self._caught)
+            pid = check(lib.ph_adopt(self.tracer.handle, self._caught, birth, err), err)
         else:
-            pid = check(lib.ph_spawn(self._tracer.handle, birth, err), err)
+            pid = check(lib.ph_spawn(self.tracer.handle, birth, err), err)
         os.close(birth.pidfd)
         task = Task(node, {node.pid: Seat(slot, pid)}, Table(self._passage, _SOCKET_AT_BIRTH))
         program = Program()
@@ -331,7 +346,7 @@ class Births:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._caught, signal.SIGKILL)
         with contextlib.suppress(EngineError):
-            reap(self._tracer, [self._caught])
+            reap(self.tracer, [self._caught])
 
     def _take_in(self, pid: int) -> None:
         """Put a process that was caught into the cgroup that all others are born into."""
@@ -356,90 +371,71 @@ class Births:
     def _fork(self, parent: Task, node: plan.Node) -> None:
         same = [kind for kind in plan.SHAREABLE if node.tables[kind] and node.tables[kind] == parent.node.tables[kind]]
         flags = sum(_SHARING_FLAGS[kind] for kind in same)
-        seat = self._clone(parent, node.pid, flags=flags, exit_signal=_SIGCHLD)
-        table = parent.table if plan.FILES in same else parent.table.copy()
-        task = Task(node, {node.pid: seat}, table, list(parent.areas))
-        task.vdso, task.vdso_elsewhere = parent.vdso, parent.vdso_elsewhere
-        task.heir_of = parent.node.pid
-        self.tasks[node.pid] = task
+        user = self.namespaces.user_of_birth(parent.node.pid, node.name(node.pid).way)
+        if user:
+            self._bear_lower(parent, node, user, flags & ~_SHARING_FLAGS[plan.DIRECTORIES])
+            return
+        seat = self._bearing.bear(parent, node.name(node.pid), flags=flags, exit_signal=_SIGCHLD)
+        task = self._settle_in(parent, node, seat, shares_files=plan.FILES in same)
         if node.exit_code is not None:
             self.namespaces.inherit(node.pid, parent.node.pid)
             return
         self._introduce(task)
         view = self._restoration.tasks[node.pid]
-        self.namespaces.enter(view, parent.node.pid, table, lambda program: self.run(task, program))
+        self.namespaces.enter(view, parent.node.pid, task.table, lambda program: self.run(task, program))
+
+    def _settle_in(self, parent: Task, node: plan.Node, seat: Seat, *, shares_files: bool) -> Task:
+        table = parent.table if shares_files else parent.table.copy()
+        task = Task(node, {node.pid: seat}, table, list(parent.areas))
+        task.vdso, task.vdso_elsewhere = parent.vdso, parent.vdso_elsewhere
+        task.heir_of = parent.node.pid
+        self.tasks[node.pid] = task
+        return task
+
+    def _bear_lower(self, parent: Task, node: plan.Node, user: int, flags: int) -> None:
+        """Process 1 of a pid namespace that belongs to a user namespace which its parent is above. It has to be born in
+        there; so a task does it that goes there first, to whatever else is the child's, and then ends."""
+        numbering, here = self._restoration.numbering, not self.init and not self.namespaces.numbered
+        way = parent.node.name(parent.node.pid).way
+        name = numbering.unused(way, lambda number: here and os.path.exists(f"/proc/{number}"))
+        number, names = name.numbers[0], {name.numbers[0]: name}
+        maker = plan.Node(
+            *(number, parent.node.pid, parent.node.pgid, parent.node.sid, (number,), 0, True), names=names
+        )
+        seat = self._bearing.bear(parent, name, flags=flags, exit_signal=_SIGCHLD)
+        task = self._settle_in(parent, maker, seat, shares_files=bool(flags))
+
+        def run(program: Program) -> Results:
+            return self.run(task, program)
+
+        new = self.namespaces.go(node.pid, parent.node.pid, task.table, run)
+        self.namespaces.go_lower(task.pid, number, node.pid, user, task.table, run)
+        flags |= CLONE_PARENT
+        seat = self._bearing.bear(task, node.name(node.pid), flags=flags, exit_signal=0, beside=parent)
+        self._die(task, parent)
+        born = self._settle_in(parent, node, seat, shares_files=bool(flags & ~CLONE_PARENT))
+        self._introduce(born)
+        self.namespaces.arrive(self._restoration.tasks[node.pid], new, user)
+
+    def point_children(self) -> None:
+        """Where the children of tasks will be born, if that is another pid namespace than their own: when we bear none
+        any more."""
+        self._bearing.close()
+        for record in self._restoration.checkpoint.records("pstree"):
+            entry, task = record.message, self.tasks.get(record.message.pid)
+            if task is None or not entry.HasField("phaul_children_pid_ns"):
+                continue
+            if entry.phaul_children_pid_ns:
+                self._bearing.go(task, self.namespaces.numbers_of(entry.phaul_children_pid_ns))
+            else:
+                program = Program()
+                program.order(NR.unshare, CLONE_NEWPID, label="have children in a new pid namespace")
+                self.run(task, program)
 
     def descend(self, task: Task) -> None:
         """Have a task go into a user namespace below the tree's, if it is to be there: before it has threads."""
         view = self._restoration.tasks[task.node.pid]
         self.namespaces.descend(view, task.table, lambda program: self.run(task, program))
-
-    def _clone(self, parent: Task, inner_pid: int, *, flags: int, exit_signal: int) -> Seat:
-        thread = bool(flags & _CLONE_THREAD)
-        if self.namespaces.chooses(parent.node.pid):
-            return self._bear(parent, inner_pid, flags=flags, exit_signal=exit_signal)[0]
-        for _ in range(_TRIES):
-            aim = self._aim_at(inner_pid, parent)
-            seat, inner = self._bear(parent, inner_pid, flags=flags, exit_signal=exit_signal, aim=aim)
-            if inner == inner_pid:
-                return seat
-            self._undo_birth(parent, seat, inner, thread=thread)
-            aiming.wait_until_free(inner_pid, _FREE_PATIENCE)
-        raise RebuildError(
-            f"number {inner_pid} could not be had for a task: another process here has it, or took it each time",
-            advice="try again, or give the program a pid namespace",
-        )
-
-    def _aim_at(self, inner_pid: int, parent: Task) -> aiming.Aim | None:
-        """Have the next task that `parent` bears get a number, if it is free. In a pid namespace of the tree's own its
-        first process says so: nobody else takes any there."""
-        if self.init is None and not self.namespaces.numbered:
-            return aiming.Aim(self._arena, parent.seats[parent.node.pid].slot, inner_pid)
-        root = self.tasks[self.namespaces.root]
-        fd = aiming.open_last()
-        try:
-            (theirs,) = root.table.receive(lambda program: self.run(root, program), [fd])
-        finally:
-            os.close(fd)
-        program, text = Program(), aiming.before(inner_pid)
-        program.order(NR.pwrite64, theirs, program.data(text), len(text), 0, label="say which number comes next")
-        root.table.close(program, [theirs])
-        self.run(root, program)
-        return None
-
-    def _bear(
-        self, parent: Task, inner_pid: int, *, flags: int, exit_signal: int, aim: aiming.Aim | None = None
-    ) -> tuple[Seat, int]:
-        """A child or thread of a task, and its number in its own namespace: `inner_pid` if the parent may choose."""
-        chosen = self.namespaces.chooses(parent.node.pid)
-        slot = self._slot()
-        self._arena.prepare(slot, self._address)
-        program = Program()
-        wanted = program.data(struct.pack("<i", inner_pid))
-        # struct clone_args (clone(2)): flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls,
-        # set_tid, set_tid_size, cgroup
-        args = program.data(struct.pack("<11Q", flags, 0, 0, 0, exit_signal, 0, 0, 0, 0, int(chosen), 0))
-        if chosen:
-            program.store(args.at(64), wanted)
-        if aim is not None:
-            aim.stand(program)
-        born = program.fork(args, slot, label=f"start task {inner_pid}")
-        seat = parent.seats[parent.node.pid]
-        self._arena.order(self._tracer.handle, {seat: program}, meanwhile=aim.shoot if aim else None)
-        inner = number = self._arena.results(seat.slot, program).value(born)
-        if self.init is not None or self.namespaces.numbered:  # it was told the number of its own namespace
-            number = pid_namespace.number_here(parent.pid, number, thread=bool(flags & _CLONE_THREAD))
-        return Seat(slot, number), inner
-
-    def _undo_birth(self, parent: Task, seat: Seat, inner: int, *, thread: bool) -> None:
-        """End a task that got another number than it was to have."""
-        program = Program()
-        program.order(NR.exit, 0)
-        with contextlib.suppress(GoneError):
-            self._arena.run(self._tracer.handle, {seat: program})
-        self._free.append(seat.slot)
-        if not thread:
-            self._reap(inner, parent)
 
     def _die(self, task: Task, parent: Task | None) -> None:
         """End a task as its image says; its number stays taken until the parent reaps it."""
@@ -449,7 +445,7 @@ class Births:
             program.order(NR.prctl, _PR_SET_DUMPABLE, 0, 0, 0, 0)  # no core dump here: there was one, or none, before
             self.run(task, program)
             err = new_error()
-            check(lib.ph_end(self._tracer.handle, task.pid, code & _SIGNAL, err), err)
+            check(lib.ph_end(self.tracer.handle, task.pid, code & _SIGNAL, err), err)
         else:
             program.order(NR.exit_group, code >> 8 & 0xFF)
             with contextlib.suppress(GoneError):
@@ -463,10 +459,10 @@ class Births:
 
     def _mourn(self, task: Task, parent: Task, *, reap: bool) -> None:
         """Nothing is pending of a death of ours: the parent was told of any, or not, long ago at the source."""
-        self._reap(task.node.pid if reap else 0, parent)
+        self.reap(task.node.name(task.node.pid).seen(parent.node.space) if reap else 0, parent)
 
-    def _reap(self, pid: int, parent: Task) -> None:
-        """Have a parent take notice of a death, and reap `pid`, if that is not 0."""
+    def reap(self, pid: int, parent: Task) -> None:
+        """Have a parent take notice of a death, and reap what it calls `pid`, if that is not 0."""
         program = Program()
         if pid:
             program.order(NR.wait4, pid, 0, _WALL, 0, label=f"reap task {pid}")

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self, TypeAlias
 
-from . import calls, gadgets, lock_move, sharing, vdso
+from . import calls, gadgets, lineup, lock_move, sharing, vdso
 from .clocks import Clocks, tree_clocks
 from .cores import begin_core, dead_core, fill_core, judge_sleep
 from .errors import BusyError, EngineError
 from .gadgets import Gadgets, find_gadgets, search_gadgets
 from .images.checkpoint import Checkpoint
-from .images.pb import core_pb2, inventory_pb2, pstree_pb2, timens_pb2, vma_pb2
+from .images.pb import core_pb2, inventory_pb2, timens_pb2, vma_pb2
 from .inquiry import Inquiry, inquire, standing
 from .lock_move import Surrender
 from .members import Member, name_threads, opened, read_name
@@ -33,6 +33,7 @@ from .objects.base import Collection, Owner, TaskKind, ThreadView, descriptor_ki
 from .objects.files import FilesPass, OpenFiles, Table
 from .proc.access import open_at, open_process, read_bytes, read_link
 from .proc.maps import Area, parse_maps, read_maps, read_smaps
+from .proc.status import read_status
 from .proc.tree import read_tree
 from .program import Program, Results
 from .survey import judge_threads, judge_tree
@@ -147,6 +148,7 @@ class Collector:
         for kind in task_kinds():
             kind.close()
         self._files.close()
+        self._census.close()
         net.close(self._memory)
         mounts.close(self._memory)
 
@@ -231,6 +233,7 @@ class Collector:
             passing = stack.enter_context(contextlib.ExitStack())
             passing.enter_context(collection.passing)
             living = [member for member in members if not member.process.zombie]
+            collection.nested += [(one.numbers, self._census.space(one.pid)) for one in living if one.nested]
             sysv_shm.collect(self._areas(living), collection)
             files = passing.enter_context(FilesPass(self._files, collection))
             asking = stack.enter_context(tree.asking(self._visits(living)))
@@ -292,14 +295,16 @@ class Collector:
             begun.passing.close()
             for kind in task_kinds():
                 kind.finish(collection)
-            self._collect_tree(members, collection)
+            lineup.collect(members, self._census, collection)
             if survey:
                 judge_tree(members, collection)
         return collection
 
     def _meet(self, tree: Tree, stack: contextlib.ExitStack, *, survey: bool) -> list[Member]:
         """The processes, what they are called, and their areas."""
-        members = [stack.enter_context(opened(process)) for process in tree.processes.values()]
+        processes = list(tree.processes.values())
+        level = len(read_status(processes[0].proc).ns_pid) - 1
+        members = [stack.enter_context(opened(process, level)) for process in processes]
         self._recognize(members)
         self._census.take(members)
         living = [member for member in members if not member.process.zombie]
@@ -332,7 +337,10 @@ class Collector:
         """Before a survey stops the tree: what can be read while it runs, and is only compared when it stands."""
         for leader in (True, False):
             standing(leader)
-        for process in read_tree(root):
+        processes = list(read_tree(root))
+        with contextlib.suppress(EngineError):
+            self._census.prepare([process.pid for process in processes if not process.dead])
+        for process in processes:
             with contextlib.suppress(EngineError), contextlib.ExitStack() as stack:
                 proc = open_process(process.pid)
                 stack.callback(os.close, proc)
@@ -503,23 +511,6 @@ class Collector:
         mm.vmas.extend(address_space.guard_entries(self._find_guards(member, survey=collection.survey)))
         collection.checkpoint.put("mm", member.owner.inner_pid, mm)
 
-    def _collect_tree(self, members: list[Member], collection: Collection) -> None:
-        """pstree and ids images: parents before children."""
-        for index, member in enumerate(members):
-            inner = collection.inner_pids
-            entry = pstree_pb2.pstree_entry(
-                pid=member.owner.inner_pid,
-                ppid=inner.get(member.stat.ppid, 0) if index else 0,
-                pgid=member.status.ns_pgid[-1],
-                sid=member.status.ns_sid[-1],
-            )
-            entry.threads.extend(member.inner_tids.values())
-            collection.checkpoint.put("pstree", None, entry)
-            if not member.process.zombie:
-                ids = _ids(member.memory, member.files, member.fs, member.number)
-                census.write(ids, self._census.numbers(member.pid))
-                collection.checkpoint.put("ids", member.owner.inner_pid, ids)
-
 
 def _bounds(areas: list[Area]) -> list[tuple[Any, ...]]:
     """All but the flags."""
@@ -553,14 +544,9 @@ def _make_uffd(interpreter: Any, member: Member) -> int:
     return uffd
 
 
-def _ids(memory: int, files: int, fs: int, handlers: int) -> core_pb2.task_kobj_ids_entry:
-    """Which objects a process shares with others."""
-    return core_pb2.task_kobj_ids_entry(vm_id=memory, files_id=files, fs_id=fs, sighand_id=handlers)
-
-
 def _collect_inventory(now: Clocks, collection: Collection) -> None:
     inventory = inventory_pb2.inventory_entry(img_version=_IMAGE_VERSION, fdinfo_per_id=True, ns_per_id=True)
-    inventory.root_ids.CopyFrom(_ids(*[_OURS] * 4))  # no process of the tree shares memory or files with us
+    inventory.root_ids.CopyFrom(lineup.ids(*[_OURS] * 4))  # no process of the tree shares memory or files with us
     census.write(inventory.root_ids, census.HOST)
     here = vdso.local()
     if here is not None:

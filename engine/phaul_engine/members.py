@@ -32,6 +32,28 @@ class Member:
     fs: int = 0  # of its directories and umask, likewise
     areas: list[Area] = field(default_factory=list)
     inner_tids: dict[int, int] = field(default_factory=dict)
+    names: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of threads that have more than one number
+    level: int = 0  # how many pid namespaces there are above the tree's, as far as we see
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What it is called in the pid namespace of the tree, and in those below that it is in."""
+        return self.status.ns_pid[self.level :]
+
+    @property
+    def nested(self) -> bool:
+        """Whether it is in a pid namespace below the tree's."""
+        return len(self.numbers) > 1
+
+    @property
+    def sid(self) -> int:
+        """Its session, as the tree's pid namespace calls it."""
+        return self.status.ns_sid[self.level]
+
+    @property
+    def pgid(self) -> int:
+        """Its process group, likewise."""
+        return self.status.ns_pgid[self.level]
 
     @property
     def pid(self) -> int:
@@ -40,8 +62,8 @@ class Member:
 
 
 @contextlib.contextmanager
-def opened(process: Process) -> Iterator[Member]:
-    """A process, with the descriptors that a pass needs of it."""
+def opened(process: Process, level: int) -> Iterator[Member]:
+    """A process, with the descriptors that a pass needs of it. For `level` see there."""
     stat, status = read_stat(process.proc), read_status(process.proc)
     with contextlib.ExitStack() as stack:
 
@@ -54,29 +76,36 @@ def opened(process: Process) -> Iterator[Member]:
             root = keep(open_at(process.proc, "root", os.O_PATH | os.O_DIRECTORY))
             net = keep(open_at(process.proc, "ns/net"))
             pidfd = keep(os.pidfd_open(process.pid))
-        owner = Owner(process.pid, status.inner_pid, stat.comm, process.proc, root, net)
-        member = Member(process, stat, status, owner, pidfd)
-        yield member
+        owner = Owner(process.pid, status.ns_pid[level], stat.comm, process.proc, root, net)
+        yield Member(process, stat, status, owner, pidfd, level=level)
 
 
 def name_threads(member: Member, answers: dict[int, Results]) -> None:
-    """Threads say what number they have in their own pid namespace; of dead ones /proc says so."""
+    """Threads say what number they have in their own pid namespace; of dead ones, and of those that have several, /proc
+    says so."""
     for thread in member.process.threads:
         if thread.tid == member.pid:
             member.inner_tids[thread.tid] = member.owner.inner_pid
-        elif not thread.zombie:
+            if member.nested:
+                member.names[thread.tid] = member.numbers
+        elif thread.zombie or member.nested:
+            numbers = _read_name(member, thread)
+            member.inner_tids[thread.tid] = numbers[0]
+            if member.nested:
+                member.names[thread.tid] = numbers
+        else:
             asked = standing(thread is member.process.driver).tid
             member.inner_tids[thread.tid] = answers[thread.tid].answer(asked)
-        else:
-            member.inner_tids[thread.tid] = read_name(member, thread)
 
 
 def read_name(member: Member, thread: Thread) -> int:
-    """The number of a thread in its own pid namespace, as /proc says."""
-    if thread.tid == member.pid:
-        return member.owner.inner_pid
+    """The number of a thread in the tree's pid namespace, as /proc says."""
+    return member.owner.inner_pid if thread.tid == member.pid else _read_name(member, thread)[0]
+
+
+def _read_name(member: Member, thread: Thread) -> tuple[int, ...]:
     directory = open_thread(member.process.proc, thread.tid)
     try:
-        return read_status(directory).inner_pid
+        return read_status(directory).ns_pid[member.level :]
     finally:
         os.close(directory)

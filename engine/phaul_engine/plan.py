@@ -6,17 +6,21 @@ for dead tasks too: a group or session outlives its leader, which is then a plac
 Members of a session whose leader is dead are born by the placeholder, and when it exits they come to whom orphans come
 to: the next subreaper above, or, for the root, the init of its pid namespace. An orphan whose session's leader lives is
 born by a placeholder below that leader in the same way, if its parent is above the leader.
+
+A task in another pid namespace than its parent (`numbering`) may be in a session or group that nobody sees in there: it
+is born into that. So such tasks come last, when all above have joined their groups.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from .errors import ImageError
 from .images.checkpoint import Checkpoint
+from .numbering import TREE, Name, Numbering
 
 _DEAD = 2
 FILES, DIRECTORIES = 0, 1  # indices in Node.tables
@@ -43,6 +47,16 @@ class Node:
     tables: tuple[int, int, int] = (0, 0, 0)
     memory: int = 0
     namespaces: tuple[tuple[str, int], ...] = ()
+    names: dict[int, Name] = field(default_factory=dict)  # of its threads, session and group, where they have several
+
+    def name(self, number: int) -> Name:
+        """Of one of its threads, its session or its group."""
+        return self.names.get(number) or Name((number,))
+
+    @property
+    def space(self) -> int:
+        """Its pid namespace, as `numbering` calls it."""
+        return self.name(self.pid).space
 
 
 class Birth(NamedTuple):
@@ -59,9 +73,10 @@ class NewSession(NamedTuple):
 
 
 class JoinGroup(NamedTuple):
-    """setpgid of `node` to its group, in itself."""
+    """setpgid of `node` to its group, in itself; or in `parent`, where that alone sees the leader."""
 
     node: Node
+    parent: Node | None = None
 
 
 class Adoption(NamedTuple):
@@ -83,6 +98,7 @@ Step = Birth | NewSession | JoinGroup | Adoption | Death
 def read_tree(checkpoint: Checkpoint) -> Node:
     """The root of the process tree in the images; ImageError if they do not describe one."""
     nodes: dict[int, Node] = {}
+    numbering = Numbering(checkpoint)
     root: Node | None = None
     for record in checkpoint.records("pstree"):
         entry = record.message
@@ -91,6 +107,8 @@ def read_tree(checkpoint: Checkpoint) -> Node:
         node = Node(
             entry.pid, entry.ppid, entry.pgid, entry.sid, tuple(entry.threads), core.tc.exit_code if dead else None
         )
+        found = {number: numbering.name(number) for number in (*entry.threads, entry.pid, entry.pgid, entry.sid)}
+        node.names = {number: name for number, name in found.items() if name.space != TREE}
         if not dead and checkpoint.has("ids", entry.pid):
             ids = checkpoint.one("ids", entry.pid)
             node.tables, node.memory = (ids.files_id, ids.fs_id, ids.sighand_id), ids.vm_id
@@ -101,6 +119,9 @@ def read_tree(checkpoint: Checkpoint) -> Node:
         if node.ppid == 0 and root is None:
             root = node
         elif node.ppid in nodes:
+            above = nodes[node.ppid].name(node.ppid).way
+            if node.name(node.pid).way[: len(above)] != above:
+                raise ImageError(f"process {node.pid} is in a pid namespace above that of its parent, {node.ppid}")
             nodes[node.ppid].children.append(node)
         else:
             raise ImageError(f"pstree.img has process {node.pid} before its parent {node.ppid}")
@@ -130,13 +151,20 @@ def order(root: Node, *, foreign_session: bool = False) -> list[Step]:
     _add_session_leaders(top)
     _add_bearers(top)
     _add_group_leaders(top, foreign_session)
-    steps: list[Step] = [Birth(None, top)]
-    _make(top, None if root_leads or top is not root else root.sid, steps)
     members = list(processes(top))
     known = {node.pid for node in members}
-    joiners = [node for node in members if node.sid != node.pid and node.pgid in known]
-    steps += [JoinGroup(node) for node in joiners if node.pgid == node.pid]
-    steps += [JoinGroup(node) for node in joiners if node.pgid != node.pid]
+    steps: list[Step] = []
+    waiting: _Waiting = [(None, top, None if root_leads or top is not root else root.sid)]
+    while waiting:
+        spaces = {TREE, *(step.child.space for step in steps if isinstance(step, Birth))}
+        now = [one for one in waiting if one[1].space in spaces or one[1].name(one[1].pid).numbers[-1] == 1]
+        if not now:
+            raise ImageError(f"process {waiting[0][1].pid} is in a pid namespace without its process 1")
+        begun, later = len(steps), [one for one in waiting if one not in now]
+        for parent, child, session in now:
+            later += _bear(parent, child, session, known, steps)
+        steps += _joining([step.child for step in steps[begun:] if isinstance(step, Birth)], known)
+        waiting = later
     by_pid = {node.pid: node for node in members}
     steps += [Death(node, by_pid.get(node.ppid)) for node in reversed(members) if node.placeholder]
     steps += [
@@ -145,6 +173,23 @@ def order(root: Node, *, foreign_session: bool = False) -> list[Step]:
         if node.exit_code is not None and not node.placeholder
     ]
     return steps
+
+
+def _joining(born: list[Node], known: set[int]) -> Iterator[Step]:
+    """What brings tasks into their groups: leaders come first."""
+    joiners = [node for node in born if node.sid != node.pid and node.pgid in known]
+    joiners = [node for node in joiners if node.name(node.pgid).seen(node.space)]
+    yield from (JoinGroup(node) for node in joiners if node.pgid == node.pid)
+    yield from (JoinGroup(node) for node in joiners if node.pgid != node.pid)
+
+
+def _join_above(node: Node, parent: Node | None, known: set[int], steps: list[Step]) -> None:
+    """Have a task come into a group that it does not see, where its parent is in another."""
+    if parent is None or node.pgid not in known or node.name(node.pgid).seen(node.space) or node.pgid == parent.pgid:
+        return
+    if not node.name(node.pgid).seen(parent.space) or node.sid != parent.sid:
+        raise ImageError(f"process {node.pid} is in group {node.pgid}, which neither it nor its parent sees")
+    steps.append(JoinGroup(node, parent))
 
 
 @dataclass(frozen=True)
@@ -190,7 +235,7 @@ def _same(before: Node, after: Node) -> bool:
     """Whether a task can stay, and become what is new about it."""
     return all(
         getattr(before, name) == getattr(after, name) for name in ("ppid", "sid", "exit_code", "tables", "namespaces")
-    )
+    ) and before.name(before.pid) == after.name(after.pid)
 
 
 def _obstacles(step: Birth, after: dict[int, Node]) -> set[int]:
@@ -215,21 +260,33 @@ def _due(step: Step, born: set[int], joining: set[int], after: dict[int, Node]) 
                 return True
             members = [pid for pid, one in after.items() if one.pgid == node.pid]
             return bool(members) and all(pid in joining for pid in members) and not node.children
-        case JoinGroup(node) if not node.placeholder:
+        case JoinGroup(node, _) if not node.placeholder:
             return node.pid in joining
-        case JoinGroup(node):
+        case JoinGroup(node, _):
             return _due(Death(node, None), born, joining, after)
         case Adoption(node):
             return any(one.pid in born for child in node.children if child.placeholder for one in child.children)
 
 
-def _make(node: Node, born_into: int | None, steps: list[Step]) -> None:
-    """Births and sessions below `node`, which is in session `born_into` (None: one from outside, or its own first)."""
+_Waiting: TypeAlias = list[tuple[Node | None, Node, int | None]]
+
+
+def _bear(parent: Node | None, child: Node, session: int | None, known: set[int], steps: list[Step]) -> _Waiting:
+    """A birth, and all below: as `_make`."""
+    steps.append(Birth(parent, child))
+    _join_above(child, parent, known, steps)
+    return _make(child, session, known, steps)
+
+
+def _make(node: Node, born_into: int | None, known: set[int], steps: list[Step]) -> _Waiting:
+    """Births and sessions below `node`, which is in session `born_into` (None: one from outside, or its own first).
+    Returned is who is still to be born, in another pid namespace: a parent, a child, and the session of that moment."""
     before = [child for child in node.children if _birth_session(child) == born_into and node.sid != born_into]
+    before = [child for child in before if child.space == node.space or _birth_session(child) is not None]
     after = [child for child in node.children if child not in before]
+    waiting: _Waiting = []
     for child in before:
-        steps.append(Birth(node, child))
-        _make(child, born_into, steps)
+        waiting += _bear(node, child, born_into, known, steps)
     if node.sid == node.pid:
         steps.append(NewSession(node))
     if node.adopts or any(child.placeholder and child.sid == child.pid and child.children for child in node.children):
@@ -237,8 +294,11 @@ def _make(node: Node, born_into: int | None, steps: list[Step]) -> None:
     for child in after:
         if _birth_session(child) not in (node.sid, None):
             raise ImageError(f"process {child.pid} is in session {child.sid}, which its parent {node.pid} never was in")
-        steps.append(Birth(node, child))
-        _make(child, node.sid, steps)
+        if child.space != node.space:
+            waiting.append((node, child, node.sid))
+        else:
+            waiting += _bear(node, child, node.sid, known, steps)
+    return waiting
 
 
 def _birth_session(node: Node) -> int | None:
@@ -249,8 +309,8 @@ def _birth_session(node: Node) -> int | None:
     return wanted.pop() if len(wanted) == 1 else None
 
 
-def _placeholder(pid: int, parent: Node, sid: int) -> Node:
-    return Node(pid, parent.pid, pid, sid, (pid,), exit_code=0, placeholder=True)
+def _placeholder(pid: int, parent: Node, sid: int, names: dict[int, Name]) -> Node:
+    return Node(pid, parent.pid, pid, sid, (pid,), exit_code=0, placeholder=True, names=names)
 
 
 def _add_session_leaders(top: Node) -> None:
@@ -262,7 +322,7 @@ def _add_session_leaders(top: Node) -> None:
                 continue
             leader = next((one for one in parent.children if one.placeholder and one.pid == child.sid), None)
             if leader is None:
-                leader = _placeholder(child.sid, parent, child.sid)
+                leader = _placeholder(child.sid, parent, child.sid, child.names)
                 parent.children.append(leader)
             parent.children.remove(child)
             leader.children.append(child)
@@ -279,12 +339,21 @@ def _add_bearers(top: Node) -> None:
             leader = None if session in (None, parent.sid) or parent.placeholder else nodes.get(session or 0)
             if leader is None or leader is child or not _is_above(parent, leader, parents):
                 continue
-            bearer = _placeholder(max(numbers) + 1, leader, leader.pid)
+            name = _unused(leader, nodes.values(), max(numbers) + 1)
+            bearer = _placeholder(name.numbers[0], leader, leader.pid, leader.names | {name.numbers[0]: name})
             numbers.add(bearer.pid)
+            nodes[bearer.pid] = bearer
             parent.children.remove(child)
             bearer.children.append(child)
             leader.children.append(bearer)
             parent.adopts = True
+
+
+def _unused(node: Node, nodes: Iterable[Node], number: int) -> Name:
+    """A name in the pid namespace of a node that nobody has; `number` is free in the tree's."""
+    way = node.name(node.pid).way
+    names = [name for one in nodes for name in one.names.values()]
+    return Name((number, *(1 + max(name.seen(space) for name in names) for space in way[1:])), way)
 
 
 def _is_above(node: Node, other: Node, parents: dict[int, Node]) -> bool:
@@ -301,5 +370,6 @@ def _add_group_leaders(top: Node, foreign_session: bool) -> None:
     for parent in list(processes(top)):
         for child in list(parent.children):
             if child.pgid not in known and not (foreign_session and child.pgid == top.pgid):
-                parent.children.insert(0, _placeholder(child.pgid, parent, child.sid))
+                above = parent if child.name(child.pgid).space == parent.space else child  # who can bear it
+                above.children.insert(0, _placeholder(child.pgid, above, child.sid, child.names))
                 known.add(child.pgid)

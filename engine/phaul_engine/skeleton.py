@@ -224,6 +224,7 @@ class Skeleton:
         if checkpoint is not self.restoration.checkpoint:
             self.update(checkpoint)
         self._births.namespaces.settle()
+        self._births.point_children()
         self._equipment.settle()
         final = {task.seats[task.node.pid]: self._last_of_process(task) for task in self._births.living}
         last: dict[Seat, Program] = {}
@@ -299,7 +300,7 @@ class Skeleton:
             for task in (*self._births.tasks.values(), *([init] if init else [])):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(task.pid, 9)
-            if self._births.namespaces.numbered:
+            if self._births.namespaces.hidden:
                 with contextlib.suppress(EngineError):
                     reap(self.tracer, self.tids())
             self.shared.discard()

@@ -60,7 +60,7 @@ def _judge_sessions(members: Sequence[Member], collection: Collection) -> None:
     if _is_shell_job(collection):
         return
     for member in members:
-        sid, pgid = member.status.ns_sid[-1], member.status.ns_pgid[-1]
+        sid, pgid = member.sid, member.pgid
         if sid not in inside and not _dead_leader(member.stat.session):
             collection.block(
                 member.owner,
@@ -95,7 +95,7 @@ def _judge_terminals(members: Sequence[Member], collection: Collection) -> None:
     for member in members:
         number = member.stat.tty
         device = console.device_of(number)
-        if carried.get(member.status.ns_sid[-1], 0) == (device if number else 0):
+        if carried.get(member.sid, 0) == (device if number else 0):
             continue
         collection.block(
             member.owner,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from subprocess import CalledProcessError
 
@@ -79,6 +79,54 @@ while True:
     signal.pause()
 """
 )
+NUMBERS = (
+    _FORK
+    + """
+def sandbox():
+    before, count = look(), 0
+    while True:
+        count += 1
+        fork(count, 1)
+        thread = threading.Thread(target=time.sleep, args=(0.01,))
+        thread.start()
+        thread.join()
+        now = look()
+        tell(count, "ok" if now == before else f"wrong: {now} after {before}")
+def look():
+    return os.getpid(), os.getppid(), os.readlink("/proc/self"), open("/proc/1/comm").read()
+def nest(flags):
+    assert libc.unshare(flags) == 0
+    if flags & 0x10000000:  # CLONE_NEWUSER
+        for name, text in (("setgroups", "deny"), ("gid_map", "0 0 1"), ("uid_map", "0 0 1")):
+            open("/proc/self/" + name, "w").write(text)
+    if os.fork() == 0:
+        assert os.getpid() == 1
+        assert libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None) == 0  # MS_REC | MS_PRIVATE
+        assert libc.mount(b"proc", b"/proc", b"proc", 0, None) == 0
+        return
+    while True:
+        signal.pause()
+if os.fork() == 0:
+    nest(0x20020000 | int(sys.argv[1], 16))  # CLONE_NEWPID | CLONE_NEWNS
+    nest(0x20020000)
+    sandbox()
+while True:
+    signal.pause()
+"""
+)
+IN_BUBBLEWRAP = """
+def look():
+    files = [open("/proc/self/" + name).read() for name in ("uid_map", "gid_map", "cgroup")]
+    mounts = sorted(line.split()[4] for line in open("/proc/self/mountinfo"))
+    return os.getpid(), os.getppid(), os.getresuid(), sorted(os.listdir("/dev")), files, mounts, os.listdir("/tmp")
+open("/tmp/file", "w").write("text")
+before, count = look(), 0
+while True:
+    count += 1
+    fork(count, 1)
+    now = look()
+    tell(count, "ok" if now == before else f"wrong: {now} after {before}")
+"""
 EXECUTER = """
 count = int(sys.argv[1]) + 1
 assert os.environ["STEPS"] == str(count - 1)
@@ -185,12 +233,12 @@ while True:
 
 
 @contextmanager
-def running(host: Host, text: str, *args: str) -> Iterator[Job]:
-    """The program on a host; all of it is ended in the end, wherever it is."""
+def running(host: Host, text: str, *args: str, around: Sequence[str] = ()) -> Iterator[Job]:
+    """The program on a host; all of it is ended in the end, wherever it is. `around` is a command that starts it."""
     for name in ("job", "orphan", "status"):
         host.path(f"/srv/shared/tree.{name}").unlink(missing_ok=True)
     host.path("/srv/shared/tree.py").write_text(_HEAD + text)
-    words = ["/usr/bin/env", "STEPS=0", "/usr/bin/python3", "-c", _HEAD + text, *args]
+    words = [*around, "/usr/bin/env", "STEPS=0", "/usr/bin/python3", "-c", _HEAD + text, *args]
     yield jobs.start(host, "tree", words)
 
 
@@ -219,6 +267,8 @@ def _signal(host: Host, pid: int, number: int) -> None:
         pytest.param(EXECUTER, ("0",), id="executes-itself"),
         pytest.param(THREADS, (), id="200-threads"),
         pytest.param(SANDBOX, (), id="forks-in-a-user-namespace"),
+        pytest.param(NUMBERS, ("0",), id="forks-in-pid-namespaces"),
+        pytest.param(NUMBERS, ("10000000",), id="forks-in-pid-namespaces-of-a-user-namespace"),
     ],
 )
 def test_a_restless_tree(mover: Mover, text: str, options: tuple[str, ...]) -> None:
@@ -229,6 +279,26 @@ def test_a_restless_tree(mover: Mover, text: str, options: tuple[str, ...]) -> N
         try:
             assert migration.outcome == "migrated", str(migration)
             job.goes_on()
+        finally:
+            end(where, job.pid)
+
+
+_USER = ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups"]
+
+
+@pytest.mark.parametrize("user", [[], _USER], ids=["root", "user"])
+def test_a_sandbox_of_bubblewrap(mover: Mover, user: list[str]) -> None:
+    """An ordinary user's has two user namespaces: nobody is in the outer one, which the others belong to."""
+    where = mover.hosts.a
+    where.path("/srv/shared").chmod(0o777)
+    binds = ["--ro-bind", "/", "/", "--bind", "/srv", "/srv", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
+    with running(where, _FORK + IN_BUBBLEWRAP, around=[*user, "bwrap", "--unshare-all", *binds]) as job:
+        try:
+            for _ in range(2):
+                migration = mover.try_to_move(job.pid, where, PATIENT)
+                assert migration.outcome == "migrated", str(migration)
+                job.host = where = mover.hosts.other(where)
+                job.goes_on()
         finally:
             end(where, job.pid)
 

@@ -86,6 +86,9 @@ def _pstree(process: Any) -> Iterator[str]:
     for number in (process.ppid, process.pgid, process.sid):  # 0: not of this pid namespace
         if number > MAX_PID:
             yield f"has process {process.pid} with parent {process.ppid}, group {process.pgid}, session {process.sid}"
+    for name in process.phaul_numbers:
+        if not name.below or not all(0 < number <= MAX_PID for number in (name.number, *name.below)):
+            yield f"calls task {name.number} {list(name.below)} in pid namespaces below the first process's"
 
 
 def _core(core: Any) -> Iterator[str]:

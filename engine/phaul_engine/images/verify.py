@@ -20,6 +20,7 @@ from phaul_engine.images.kinds import Ident
 from phaul_engine.images.pages import PAGE_SIZE, PageImages, parse_runs
 from phaul_engine.images.pb import core_pb2, fdinfo_pb2, pstree_pb2, remap_file_path_pb2
 from phaul_engine.images.vma import Status
+from phaul_engine.numbering import TREE, Numbering
 
 # Which member of a file_entry is set for its type.
 MEMBERS: dict[int, str] = {
@@ -173,6 +174,7 @@ class _Check:
         for (kind, number), entry in self.entries.items():
             self.entry(kind, number, entry)
         self.user_namespaces()
+        self.numbers()
         self.queues()
         self.remaps()
         self.memfds()
@@ -331,6 +333,28 @@ class _Check:
             if self.checkpoint.has("ids", pid) and self.checkpoint.one("ids", pid).user_ns_id in above:
                 for tid in record.message.threads:
                     self.outer_ids(tid)
+
+    def numbers(self) -> None:
+        """What tasks are called in pid namespaces below the tree's, and who refers to such a namespace."""
+        try:
+            numbering = Numbering(self.checkpoint)
+        except ImageError as error:
+            self.wrong("pstree", None, str(error))
+            return
+        processes = [record.message for record in self.checkpoint.records("pstree")]
+        spaces = {TREE}
+        for pid in (process.pid for process in processes if self.checkpoint.has("ids", process.pid)):
+            space = numbering.name(pid).space
+            spaces.add(space)
+            if space not in (TREE, self.checkpoint.one("ids", pid).pid_ns_id):
+                self.wrong("ids", pid, f"does not say that it is in pid namespace {space}, as pstree.img does")
+        for process in processes:
+            if process.phaul_children_pid_ns not in spaces:
+                self.wrong("pstree", None, f"has process {process.pid} with children in a pid namespace of nobody")
+        for ident in self.checkpoint.idents("mountpoints"):
+            for record in self.checkpoint.records("mountpoints", ident):
+                if record.message.phaul_pid_ns not in spaces:
+                    self.wrong("mountpoints", ident, "has a mount that shows a pid namespace of nobody")
 
     def outer_ids(self, tid: int) -> None:
         """What a thread is outside of its user namespace."""

@@ -17,7 +17,7 @@ thread (`objects.places`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -33,7 +33,8 @@ class NamespaceView:
     `lord` is a process in the user namespace that it belongs to, or, of a user namespace, in its parent; `above` is the
     number of that if it is below the root's, else 0. Of a user namespace below the root's, `maker` is who made it, as
     the engine numbers users, `parent` the number of its parent, and `owns` are the numbers of others that belong to
-    it."""
+    it. Of a pid namespace below the root's, `parent` is the number of its parent, -1 if nobody of the tree is in that.
+    `spaces` are the pid namespaces of the tree, as `numbering` calls them, by device and inode."""
 
     name: str
     number: int
@@ -46,6 +47,7 @@ class NamespaceView:
     maker: int = 0
     parent: int = 0
     owns: tuple[int, ...] = ()
+    spaces: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"the {self.name} namespace of {self.owner}"
@@ -90,6 +92,9 @@ class NamespaceKind(ABC):
 
     def welcome(self, place: NewNamespace, task: SkeletonTask, restoration: Restoration) -> None:
         """Another task has been born that is in it, and has nothing yet."""
+
+    def complete(self, place: NewNamespace, restoration: Restoration) -> None:
+        """A pid namespace of the tree has been made: what had to wait for it can be."""
 
     def update(self, place: NewNamespace, restoration: Restoration) -> None:
         """A round of pre-copy has brought other images: follow, where the tasks that follow next need it."""

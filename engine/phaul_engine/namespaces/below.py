@@ -13,6 +13,7 @@ import contextlib
 import os
 from collections.abc import Callable
 
+from phaul_engine.cgroup import Hierarchy
 from phaul_engine.errors import RebuildError
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.pb import userns_pb2
@@ -46,6 +47,14 @@ class Below:
         """To which of them another namespace belongs, 0 if to none."""
         return next((one for one, entry in below(self._checkpoint()).items() if number in entry.phaul_owns), 0)
 
+    def way(self, number: int) -> list[int]:
+        """One of them, and those above it; nothing for the tree's."""
+        found, way = below(self._checkpoint()), []
+        while number in found:
+            way.append(number)
+            number = found[number].phaul_parent
+        return way
+
     def descriptor(self, number: int) -> int:
         """Of one of them, which is made if it is not there."""
         if number not in self._made:
@@ -62,10 +71,13 @@ class Below:
             self._made[number] = made.fd, entry
         return self._made[number][0]
 
-    def make(self, name: str, flag: int, owner: int) -> int:
-        """A new namespace of a kind, empty, which belongs to one of them."""
+    def make(self, name: str, flag: int, owner: int, cgroup: str = "") -> int:
+        """A new namespace of a kind, empty, which belongs to one of them; of cgroups, `cgroup` is its root."""
         with self._worker(owner) as worker:
             try:
+                if cgroup:
+                    with Hierarchy.find() as hierarchy:
+                        hierarchy.put(worker.pid, cgroup)
                 made: Descriptor = worker.call(user_making.make_belonging, name, flag)
             except InsideError as error:
                 what = f"cannot make a {name} namespace that belongs to user namespace {owner} of the images: {error}"

@@ -78,6 +78,8 @@ class ControlGroups(NamespaceKind):
         collection.scratch[cgroup_set.SETS] = sets
 
     def rebuild(self, place: NewNamespace, restoration: Restoration) -> None:
+        if place.owner:  # it was made by another process, and joined
+            return
         home = unified_path(place.task.proc) or "/"
         above, _, name = home.rpartition("/")
         ours = name.startswith(PREFIX)
@@ -145,6 +147,16 @@ class ControlGroups(NamespaceKind):
             made.hierarchy.close()
 
 
+def root_for(inner_pid: int, restoration: Restoration) -> str:
+    """The cgroup that a cgroup namespace below the tree's is to begin at, in which a process is the first."""
+    made: _Made | None = restoration.scratch.get(_NAME)
+    if made is not None:
+        return f"{made.home.rstrip('/')}/{_place_of(inner_pid, made.layout, restoration.checkpoint)}"
+    home = unified_path(next(iter(restoration.tasks.values())).proc) or "/"
+    above, _, name = home.rpartition("/")
+    return (above or "/") if name.startswith(PREFIX) else home
+
+
 def home_of_spread(checkpoint: Checkpoint) -> str | None:
     """The root of the tree's cgroup namespace, in the words of the source host, if tasks are in cgroups below it: then
     nothing smaller holds them all."""
@@ -170,10 +182,11 @@ def _seen_from_inside(view: NamespaceView) -> dict[int, tuple[CgroupMembership, 
 def _judge(view: NamespaceView, inner: dict[int, tuple[CgroupMembership, ...]], collection: Collection) -> None:
     for owner in view.members:
         for one in inner[owner.inner_pid]:
-            if one.path.startswith("/..") or (not view.of_root and one.path != "/"):
+            at_root = one.path == "/" or one.path.startswith(f"/{PREFIX}")
+            if one.path.startswith("/..") or (not view.of_root and not at_root):
                 why = "only cgroups below the root of the tree's own cgroup namespace are made again"
                 collection.block(owner, f"in cgroup {one.path} of its cgroup namespace", why, "move it to the root")
-            elif not one.unified and one.path != "/" and not one.path.startswith(f"/{PREFIX}"):
+            elif not one.unified and not at_root:
                 why = "cgroups of version 1 are not made again"
                 collection.block(
                     owner, f"in cgroup {one.path} of {','.join(one.controllers)}", why, "move it to the root"

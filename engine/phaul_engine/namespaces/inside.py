@@ -89,6 +89,11 @@ class Worker:
             self.close()
             raise
 
+    @property
+    def pid(self) -> int:
+        """Our number of it; of a process that joined a pid namespace, that of its parent."""
+        return self._process.pid
+
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function of a module, imported there, returns. InsideError if it fails."""
         return self._ask(f"{function.__module__}:{function.__qualname__}", *arguments)

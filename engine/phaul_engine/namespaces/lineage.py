@@ -35,7 +35,7 @@ def standing(name: str, proc: int, users: Mapping[tuple[int, int], int]) -> Stan
         if name != "user":
             return Standing(_number(places.owner_of, fd, users))
         maker = fcntl.ioctl(fd, _NS_GET_OWNER_UID, bytes(4))
-        return Standing(_number(_parent_of, fd, users), struct.unpack("I", maker)[0])
+        return Standing(_number(parent, fd, users), struct.unpack("I", maker)[0])
     finally:
         os.close(fd)
 
@@ -49,7 +49,24 @@ def differs(name: str, proc: int) -> bool:
         os.close(fd)
 
 
-def _parent_of(fd: int) -> int:
+def parent_of(name: str, proc: int) -> tuple[int, int]:
+    """Device and inode of the parent of the pid or user namespace that a task is in; zeros if we may not know it."""
+    fd = open_at(proc, f"ns/{name}")
+    try:
+        above = parent(fd)
+    except PermissionError:
+        return 0, 0
+    finally:
+        os.close(fd)
+    try:
+        status = os.fstat(above)
+    finally:
+        os.close(above)
+    return status.st_dev, status.st_ino
+
+
+def parent(fd: int) -> int:
+    """A descriptor of the parent of a pid or user namespace, to be closed. OSError EPERM if that is outside of ours."""
     return fcntl.ioctl(fd, _NS_GET_PARENT)
 
 

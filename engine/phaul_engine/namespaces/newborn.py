@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping
 
 from phaul_engine import catching
 from phaul_engine.errors import ImageError, RebuildError
+from phaul_engine.numbering import TREE, Name
 from phaul_engine.objects import credentials, places
 from phaul_engine.objects.base import Restoration, SkeletonTask
+from phaul_engine.proc.access import open_process
 from phaul_engine.proc.id_map import read_id_map
 from phaul_engine.proc.status import read_status
 from phaul_engine.program import Program
@@ -22,7 +24,7 @@ from phaul_engine.syscalls import NR
 from phaul_engine.transfer import Runner, Table
 from phaul_engine.user_ids import UserIds, has_own
 
-from . import census, user
+from . import census, control_groups, user
 from .base import NamespaceKind, NewNamespace, kind_named, kinds
 from .below import Below
 from .net import clearing
@@ -51,8 +53,22 @@ class Namespaces:
 
     @property
     def numbered(self) -> bool:
-        """Whether tasks have other numbers in their own pid namespace than here."""
+        """Whether the tree has a pid namespace of its own that we are not in."""
+        return ("pid", self.of_task(self.root).get("pid", 0)) in self._places
+
+    @property
+    def hidden(self) -> bool:
+        """Whether tasks are in pid namespaces that we are not in."""
         return any(name == "pid" for name, _ in self._places)
+
+    def has_numbers(self, space: int) -> bool:
+        """Whether a pid namespace below the tree's is there, by its name in `numbering`."""
+        return ("pid", space) in self._places
+
+    def numbers_of(self, space: int) -> int:
+        """A descriptor of it."""
+        descriptor: int = self._places["pid", space].descriptor
+        return descriptor
 
     @property
     def root(self) -> int:
@@ -87,7 +103,7 @@ class Namespaces:
     def settle_root(self, task: SkeletonTask, table: Table, run: Runner) -> None:
         """The root was born, into new namespaces: make what belongs into them."""
         new = self.of_task(task.inner_pid)
-        self._make(task, new, root=True, owners=self._join_belonging(new, table, run))
+        self._make(task, new, root=True, owners=self._join_belonging(task.inner_pid, new, table, run))
 
     def settle_caught(self, task: SkeletonTask, run: Runner) -> None:
         """The root was caught, in namespaces that were made for it: make what is missing, and what belongs into all."""
@@ -151,11 +167,40 @@ class Namespaces:
         number = self._restoration.checkpoint.one("ids", pid).user_ns_id
         return number if self._below.contains(number) else 0
 
-    def chooses(self, pid: int) -> bool:
-        """Whether a task may say which numbers its threads and children get: not in a user namespace below the one that
-        the numbers belong to."""
-        outside = not self.numbered and bool(self._where.get(pid, {}).get("user"))
-        return not outside and not self._users.get(pid)
+    def choosable(self, pid: int, name: Name) -> int:
+        """How many of the numbers of a thread or child a task may choose, the innermost first: not those of pid
+        namespaces that belong to a user namespace above its own."""
+        user, count = self._users.get(pid, 0), 0
+        for space in reversed(name.way):
+            if space == TREE:
+                above = user or (not self.numbered and self._where.get(pid, {}).get("user"))
+            else:
+                above = user and user not in self._below.way(self._below.owner(space))
+            if above:
+                break
+            count += 1
+        return count
+
+    def user_of_birth(self, parent: int, way: tuple[int, ...]) -> int:
+        """In which user namespace a child has to be born that is process 1 of a pid namespace: 0 for its parent's."""
+        owner = 0 if self.has_numbers(way[-1]) else self._below.owner(way[-1])
+        return 0 if owner == self._users.get(parent, 0) else owner
+
+    def go_lower(self, here: int, task: int, pid: int, user: int, table: Table, run: Runner) -> None:
+        """Have `task`, our number of which is `here`, go into user namespace `user`, as one that process `pid` of the
+        images can be born by."""
+        (theirs,) = table.receive(run, [self._below.descriptor(user)])
+        program, proc = Program(), open_process(here)
+        try:
+            creds = self._restoration.checkpoint.one("core", pid).thread_core.creds
+            credentials.descend(creds, read_status(proc), self._restoration.ids, self._restoration.ids, program)
+        finally:
+            os.close(proc)
+        program.order(NR.setns, theirs, _kind("user").flag, label="join a user namespace")
+        credentials.keep_capabilities(program)
+        table.close(program, [theirs])
+        run(program)
+        self._users[task] = user
 
     def _user_of_tree(self) -> int | None:
         place = self._places.get(("user", self.of_task(self.root).get("user", 0)))
@@ -163,34 +208,42 @@ class Namespaces:
 
     def enter(self, task: SkeletonTask, parent: int, table: Table, run: Runner) -> None:
         """A task was born, into the namespaces of its parent: have it go where it belongs."""
-        before, wanted = self._where.get(parent, {}), self.of_task(task.inner_pid)
-        self._users[task.inner_pid] = self._users.get(parent, 0)
+        self.arrive(task, self.go(task.inner_pid, parent, table, run), self._users.get(parent, 0))
+
+    def go(self, pid: int, parent: int, table: Table, run: Runner) -> dict[str, int]:
+        """Have a task go where process `pid` of the images belongs. Returned are the namespaces that are new."""
+        before, wanted = self._where.get(parent, {}), self.of_task(pid)
         changed = {name: wanted.get(name, 0) for name in before | wanted if before.get(name) != wanted.get(name)}
-        self._where[task.inner_pid] = wanted
-        if not changed:
-            self._welcome(task, wanted)
-            return
-        if "pid" in changed:
-            raise ImageError(f"process {task.inner_pid} is in a pid namespace that its parent, {parent}, is not in")
+        pids = changed.pop("pid", 0)  # that it was born into
         new = {name: number for name, number in changed.items() if number and (name, number) not in self._places}
         for name, number in changed.items():
             if name not in new:
                 self._join(name, number, table, run)
-        owners = self._join_belonging(new, table, run)
+        owners = self._join_belonging(pid, new, table, run)
         if flags := _flags(name for name in new if not owners[name]):
             program = Program()
             program.order(NR.unshare, flags, label="make namespaces")
             run(program)
-        self._make(task, new, owners=owners)
+        return new | ({"pid": pids} if pids and not self.has_numbers(pids) else {})
+
+    def arrive(self, task: SkeletonTask, new: Mapping[str, int], user: int) -> None:
+        """A task is where it belongs, but for a user namespace below the tree's: it is in number `user`, 0 for the
+        tree's. In the namespaces `new` it is the first."""
+        wanted = self.of_task(task.inner_pid)
+        self._where[task.inner_pid], self._users[task.inner_pid] = wanted, user
+        self._make(task, new, owners={name: self._below.owner(number) for name, number in new.items()})
+        if "pid" in new:
+            for kind in kinds():
+                for place in self._of_kind(kind):
+                    kind.complete(place, self._restoration)
         self._welcome(task, {name: number for name, number in wanted.items() if name not in new})
 
-    def _join_belonging(self, new: Mapping[str, int], table: Table, run: Runner) -> dict[str, int]:
+    def _join_belonging(self, pid: int, new: Mapping[str, int], table: Table, run: Runner) -> dict[str, int]:
         """Have a task join those that belong to user namespaces below the tree's, made by others: whose each is."""
         owners = {name: self._below.owner(number) for name, number in new.items()}
         for name in (name for name, owner in owners.items() if owner):
-            if not _kind(name).at_birth:
-                raise ImageError(f"a {name} namespace belongs to a user namespace below the tree's")
-            self._give(self._below.make(name, _kind(name).flag, owners[name]), name, table, run)
+            cgroup = control_groups.root_for(pid, self._restoration) if name == "cgroup" else ""
+            self._give(self._below.make(name, _kind(name).flag, owners[name], cgroup), name, table, run)
         return owners
 
     def _welcome(self, task: SkeletonTask, numbers: Mapping[str, int]) -> None:

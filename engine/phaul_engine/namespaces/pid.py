@@ -84,24 +84,35 @@ def init_above(pid: int) -> int | None:
     return parent if parent and is_init(parent) else None
 
 
-def number_here(parent: int, inner: int, *, thread: bool) -> int:
-    """Our number of a child of process `parent`, or of a thread of it, that has number `inner` in its own namespace."""
-    proc = open_process(parent)
+def number_here(parent: int, seen: int, *, thread: bool, bearer: int) -> int:
+    """Our number of a child of process `bearer`, or of a thread of it, that process `parent` calls `seen`."""
+    proc, above = open_process(bearer), open_process(parent)
     try:
+        level = len(read_status(above).ns_pid) - 1
         for number in reversed(threads(proc) if thread else children(proc)):  # it is the newest, most likely
             with contextlib.suppress(EngineError):
-                if _inner(proc, number, thread=thread) == inner:
+                if _numbers(proc, number, thread=thread)[level] == seen:
                     return number
     finally:
         os.close(proc)
-    raise RebuildError(f"task {inner} was born, and is not there")
+        os.close(above)
+    raise RebuildError(f"task {seen} was born, and is not there")
 
 
-def _inner(proc: int, number: int, *, thread: bool) -> int:
+def numbers_of(bearer: int, number: int, *, thread: bool) -> tuple[int, ...]:
+    """All numbers of a child or thread of process `bearer`, ours being `number`."""
+    proc = open_process(bearer)
+    try:
+        return _numbers(proc, number, thread=thread)
+    finally:
+        os.close(proc)
+
+
+def _numbers(proc: int, number: int, *, thread: bool) -> tuple[int, ...]:
     if thread:
-        return parse_status(read_bytes(proc, f"task/{number}/status")).inner_pid
+        return parse_status(read_bytes(proc, f"task/{number}/status")).ns_pid
     child = open_process(number)
     try:
-        return read_status(child).inner_pid
+        return read_status(child).ns_pid
     finally:
         os.close(child)

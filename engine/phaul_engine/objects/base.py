@@ -28,6 +28,7 @@ from phaul_engine import calls
 from phaul_engine.errors import IMPOSSIBLE, Blocker, ImageError, cannot_make
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.pb import core_pb2, fdinfo_pb2
+from phaul_engine.numbering import TREE, Name, Numbering
 from phaul_engine.proc.fdinfo import FdInfo
 from phaul_engine.program import Program, Results
 from phaul_engine.user_ids import UserIds
@@ -90,8 +91,9 @@ class Collection:
     complete when `finish` is called. `numbers` maps a descriptor's number to the ids it has in any table. `survey` is
     true when the tree will run on after this pass: then nothing may be changed in it, and large contents (queues,
     pipe data) may be left out. `options` are the user's choices
-    (`tcp`: established, close or refuse; `shell_job`; ...). `inner_pid` translates pids of the tree to its own
-    numbers; a pid outside maps to 0.
+    (`tcp`: established, close or refuse; `shell_job`; ...). `inner_pids` translates pids of the tree to its own
+    numbers; a pid outside maps to 0. `nested` are the numbers of processes in pid namespaces below the tree's, each
+    with the number of its own (`numbering`).
 
     `register` gives an image id to a description that stands in no table: (our descriptor of it, an owner, what it
     is: "a descriptor in the queue of fd 4"). The pass closes the descriptor. To be called from `collect` only.
@@ -108,6 +110,7 @@ class Collection:
     descriptors: dict[int, Descriptor] = field(default_factory=dict)
     numbers: dict[int, set[int]] = field(default_factory=dict)
     inner_pids: dict[int, int] = field(default_factory=dict)
+    nested: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
     scratch: dict[str, Any] = field(default_factory=dict)  # a kind's own notes, under its name
     memory: dict[str, Any] = field(default_factory=dict)  # the same, kept from pass to pass of one migration
     passing: ExitStack = field(default_factory=ExitStack)
@@ -120,6 +123,13 @@ class Collection:
         """How the tree's user namespace numbers users and groups, as images do: what the kernel tells the engine is
         translated. To be used when files are collected, not before."""
         return UserIds(self.checkpoint)
+
+    def numbers_in(self, space: int) -> set[int]:
+        """What processes of the tree are called in a pid namespace (`numbering`)."""
+        if space == TREE:
+            return set(self.inner_pids.values())
+        numbering = Numbering(self.checkpoint)
+        return {Name(numbers, numbering.way(one)).seen(space) for numbers, one in self.nested}
 
     def block(self, where: object, kind: str, why: str, advice: str = "", *, passing: bool = False) -> None:
         """Note a blocker and go on: the operator wants all of them at once. `passing` in the final pass: the tree runs
@@ -167,6 +177,14 @@ class Restoration:
     def ids(self) -> UserIds:
         """How the tree's user namespace numbers users and groups, as images do."""
         return UserIds(self.checkpoint)
+
+    @property
+    def numbering(self) -> Numbering:
+        """What tasks are called in pid namespaces below the tree's."""
+        if "numbering" not in self.cache:
+            self.cache["numbering"] = Numbering(self.checkpoint)
+        numbering: Numbering = self.cache["numbering"]
+        return numbering
 
     def filing(self, act: Callable[[], Made]) -> Made:
         """Run `act`, which makes files, as root of the tree's user namespace: file systems that were mounted in it know

@@ -288,20 +288,23 @@ def note_outer(owner: Owner, collection: Collection) -> None:
     for tid in threads(owner.proc):
         with contextlib.suppress(GoneError):
             status = _thread_status(owner, tid)
-            if not status.state.startswith("Z"):
-                notes[status.inner_pid] = status
+            if tid in collection.inner_pids and not status.state.startswith("Z"):  # it may have just come to its end
+                notes[collection.inner_pids[tid]] = status
 
 
 def descend(creds: creds_pb2.creds_entry, present: Status, here: UserIds, ids: UserIds, program: Program) -> None:
     """Before a task goes into a user namespace below the tree's: take the users and groups that it is to have, while it
     may take any. Its capabilities stay. `here` is how its user namespace numbers them, `ids` how the tree's does."""
     keep_capabilities(program)
-    uids, gids = map(ids.uid_here, creds.phaul_outer_uids), map(ids.gid_here, creds.phaul_outer_gids)
+    uids = tuple(map(ids.uid_here, creds.phaul_outer_uids))
+    gids = tuple(map(ids.gid_here, creds.phaul_outer_gids))
     groups = tuple(map(ids.gid_here, creds.phaul_outer_groups))
     if groups != present.groups:
         _order_groups([here.gid_inside(group) for group in groups], program)
-    _order_ids(NR.setresgid, NR.setfsgid, map(here.gid_inside, gids), program)
-    _order_ids(NR.setresuid, NR.setfsuid, map(here.uid_inside, uids), program)
+    if gids != _four(present.gids):
+        _order_ids(NR.setresgid, NR.setfsgid, map(here.gid_inside, gids), program)
+    if uids != _four(present.uids):
+        _order_ids(NR.setresuid, NR.setfsuid, map(here.uid_inside, uids), program)
 
 
 def _four(ids: Ids) -> tuple[int, ...]:

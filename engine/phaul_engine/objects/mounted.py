@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from phaul_engine import calls
+from phaul_engine.numbering import TREE
 
 from .base import Collection, Descriptor, Owner, Restoration
 
@@ -42,6 +43,9 @@ class Source(Protocol):
 
     def hides(self, owner: Owner, mount: int, name: str) -> bool:
         """Whether the name of a file that is open on a mount leads to another mount now."""
+
+    def shows(self, owner: Owner, mount: int) -> int:
+        """The pid namespace whose processes a proc file system shows, as `numbering` calls it."""
 
     def comes_along(self, device: int) -> bool:
         """Whether a file system, by the number that stat(2) tells, is carried with all its files."""
@@ -94,6 +98,14 @@ def is_hidden(descriptor: Descriptor, mount: int, collection: Collection) -> boo
 def is_attached(descriptor: Descriptor, mount: int, collection: Collection) -> bool:
     """Whether the mount that a file is on is still mounted in the process's mount namespace."""
     return mount == NOWHERE or _open_on(descriptor) == mount
+
+
+def processes(descriptor: Descriptor, collection: Collection) -> set[int]:
+    """What the processes of the tree are called by the proc file system that a file is on."""
+    source: Source | None = collection.scratch.get(SCRATCH)
+    if source is None or not source.own(descriptor.owner):
+        return collection.numbers_in(TREE)
+    return collection.numbers_in(source.shows(descriptor.owner, number_of(descriptor, collection)))
 
 
 def comes_along(device: int, collection: Collection) -> bool:

@@ -235,7 +235,9 @@ def _note_use(descriptor: Descriptor, file_id: int, collection: Collection) -> N
 def _blocked_proc(descriptor: Descriptor, collection: Collection) -> bool:
     """Files of /proc/PID are of that process: it has to come along, and to live."""
     first = descriptor.link.removeprefix(_PROC).partition("/")[0]
-    if descriptor.link.endswith(DELETED) or (first.isdecimal() and int(first) not in collection.inner_pids.values()):
+    if descriptor.link.endswith(DELETED) or (
+        first.isdecimal() and int(first) not in mounted.processes(descriptor, collection)
+    ):
         collection.block(
             descriptor,
             f"the file {descriptor.link}",

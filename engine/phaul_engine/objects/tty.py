@@ -140,7 +140,9 @@ class ControllingTerminal(RebuiltKind):
         info = _controlling(task.inner_pid, restoration)
         if phase is Phase.FINAL and info is not None and info.pgrp:
             fd = _open_in_task(info, program)
-            group = program.data(struct.pack("<i", info.pgrp))
+            numbering = restoration.numbering
+            seen = numbering.name(info.pgrp).seen(numbering.name(task.inner_pid).space)
+            group = program.data(struct.pack("<i", seen))
             program.order(NR.ioctl, fd, termios.TIOCSPGRP, group, label="set the foreground process group")
             program.order(NR.close, fd)
 

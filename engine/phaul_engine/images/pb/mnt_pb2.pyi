@@ -64,7 +64,7 @@ class phaul_deleted_entry(_message.Message):
     def __init__(self, mode: _Optional[int] = ..., uid: _Optional[int] = ..., gid: _Optional[int] = ..., content: _Optional[bytes] = ...) -> None: ...
 
 class mnt_entry(_message.Message):
-    __slots__ = ("fstype", "mnt_id", "root_dev", "parent_mnt_id", "flags", "root", "mountpoint", "source", "options", "shared_id", "master_id", "with_plugin", "ext_mount", "fsname", "internal_sharing", "deleted", "sb_flags", "ext_key", "phaul_path", "phaul_shared_outside", "phaul_removed")
+    __slots__ = ("fstype", "mnt_id", "root_dev", "parent_mnt_id", "flags", "root", "mountpoint", "source", "options", "shared_id", "master_id", "with_plugin", "ext_mount", "fsname", "internal_sharing", "deleted", "sb_flags", "ext_key", "phaul_path", "phaul_shared_outside", "phaul_removed", "phaul_pid_ns")
     FSTYPE_FIELD_NUMBER: _ClassVar[int]
     MNT_ID_FIELD_NUMBER: _ClassVar[int]
     ROOT_DEV_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,7 @@ class mnt_entry(_message.Message):
     PHAUL_PATH_FIELD_NUMBER: _ClassVar[int]
     PHAUL_SHARED_OUTSIDE_FIELD_NUMBER: _ClassVar[int]
     PHAUL_REMOVED_FIELD_NUMBER: _ClassVar[int]
+    PHAUL_PID_NS_FIELD_NUMBER: _ClassVar[int]
     fstype: int
     mnt_id: int
     root_dev: int
@@ -107,4 +108,5 @@ class mnt_entry(_message.Message):
     phaul_path: bytes
     phaul_shared_outside: bool
     phaul_removed: phaul_deleted_entry
-    def __init__(self, fstype: _Optional[int] = ..., mnt_id: _Optional[int] = ..., root_dev: _Optional[int] = ..., parent_mnt_id: _Optional[int] = ..., flags: _Optional[int] = ..., root: _Optional[bytes] = ..., mountpoint: _Optional[bytes] = ..., source: _Optional[bytes] = ..., options: _Optional[bytes] = ..., shared_id: _Optional[int] = ..., master_id: _Optional[int] = ..., with_plugin: _Optional[bool] = ..., ext_mount: _Optional[bool] = ..., fsname: _Optional[str] = ..., internal_sharing: _Optional[bool] = ..., deleted: _Optional[bool] = ..., sb_flags: _Optional[int] = ..., ext_key: _Optional[bytes] = ..., phaul_path: _Optional[bytes] = ..., phaul_shared_outside: _Optional[bool] = ..., phaul_removed: _Optional[_Union[phaul_deleted_entry, _Mapping]] = ...) -> None: ...
+    phaul_pid_ns: int
+    def __init__(self, fstype: _Optional[int] = ..., mnt_id: _Optional[int] = ..., root_dev: _Optional[int] = ..., parent_mnt_id: _Optional[int] = ..., flags: _Optional[int] = ..., root: _Optional[bytes] = ..., mountpoint: _Optional[bytes] = ..., source: _Optional[bytes] = ..., options: _Optional[bytes] = ..., shared_id: _Optional[int] = ..., master_id: _Optional[int] = ..., with_plugin: _Optional[bool] = ..., ext_mount: _Optional[bool] = ..., fsname: _Optional[str] = ..., internal_sharing: _Optional[bool] = ..., deleted: _Optional[bool] = ..., sb_flags: _Optional[int] = ..., ext_key: _Optional[bytes] = ..., phaul_path: _Optional[bytes] = ..., phaul_shared_outside: _Optional[bool] = ..., phaul_removed: _Optional[_Union[phaul_deleted_entry, _Mapping]] = ..., phaul_pid_ns: _Optional[int] = ...) -> None: ...

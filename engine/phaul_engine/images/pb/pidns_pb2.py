@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0bpidns.proto\"\x1e\n\x0bpidns_entry\x12\x0f\n\x07\x65xt_key\x18\x01 \x01(\t')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0bpidns.proto\"5\n\x0bpidns_entry\x12\x0f\n\x07\x65xt_key\x18\x01 \x01(\t\x12\x15\n\x0cphaul_parent\x18\xe8\x07 \x01(\r')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pidns_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PIDNS_ENTRY']._serialized_start=15
-  _globals['_PIDNS_ENTRY']._serialized_end=45
+  _globals['_PIDNS_ENTRY']._serialized_end=68
 # @@protoc_insertion_point(module_scope)

@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0cpstree.proto\"U\n\x0cpstree_entry\x12\x0b\n\x03pid\x18\x01 \x02(\r\x12\x0c\n\x04ppid\x18\x02 \x02(\r\x12\x0c\n\x04pgid\x18\x03 \x02(\r\x12\x0b\n\x03sid\x18\x04 \x02(\r\x12\x0f\n\x07threads\x18\x05 \x03(\r')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0cpstree.proto\"C\n\x12phaul_number_entry\x12\x0e\n\x06number\x18\x01 \x02(\r\x12\r\n\x05\x62\x65low\x18\x02 \x03(\r\x12\x0e\n\x06pid_ns\x18\x03 \x02(\r\"\xa2\x01\n\x0cpstree_entry\x12\x0b\n\x03pid\x18\x01 \x02(\r\x12\x0c\n\x04ppid\x18\x02 \x02(\r\x12\x0c\n\x04pgid\x18\x03 \x02(\r\x12\x0b\n\x03sid\x18\x04 \x02(\r\x12\x0f\n\x07threads\x18\x05 \x03(\r\x12+\n\rphaul_numbers\x18\xe8\x07 \x03(\x0b\x32\x13.phaul_number_entry\x12\x1e\n\x15phaul_children_pid_ns\x18\xe9\x07 \x01(\r')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pstree_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PSTREE_ENTRY']._serialized_start=16
-  _globals['_PSTREE_ENTRY']._serialized_end=101
+  _globals['_PHAUL_NUMBER_ENTRY']._serialized_start=16
+  _globals['_PHAUL_NUMBER_ENTRY']._serialized_end=83
+  _globals['_PSTREE_ENTRY']._serialized_start=86
+  _globals['_PSTREE_ENTRY']._serialized_end=248
 # @@protoc_insertion_point(module_scope)

@@ -95,10 +95,15 @@ def way(kind: str) -> Way:
     return Way.NEW if kind in _NEW else Way.OUTSIDE
 
 
-def same_anywhere(kind: str, ids: Ids) -> bool:
+def same_anywhere(kind: str, ids: Ids, *, own_groups: bool) -> bool:
     """Whether all mounts of this type show the same, as long as namespaces of other kinds are the same; and root of a
-    user namespace may make one."""
-    return kind in _SINGLE and (ids.same or kind in _FREE)
+    user namespace may make one. `own_groups` says that the tree has a cgroup namespace of its own."""
+    return kind in _SINGLE and (ids.same or (kind in _FREE and own_groups))
+
+
+def may_make(kind: str, ids: Ids, *, own_groups: bool) -> bool:
+    """Whether root of a user namespace may mount this type, if any."""
+    return kind not in _FREE or ids.same or own_groups
 
 
 def mount_flags(options: Iterable[str]) -> int:

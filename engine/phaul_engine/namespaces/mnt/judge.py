@@ -79,7 +79,8 @@ def narrowed(place: str, mounts: list[Mount]) -> Mount:
 
 class Judge:
     """Decides about the mounts of one namespace. `inodes` are those of the roots of mounts that can be reached; `lower`
-    says that it belongs to a user namespace below the tree's, whose root can mount less."""
+    says that it belongs to a user namespace below the tree's, whose root can mount less; `own_groups`, that those who
+    are in it have a cgroup namespace of their own."""
 
     def __init__(
         self,
@@ -92,8 +93,10 @@ class Judge:
         collection: Collection,
         *,
         lower: bool,
+        own_groups: bool,
     ) -> None:
         self._lower = lower
+        self._own_groups = own_groups
         self._tree = tree
         self._mounts = mounts
         self._host = host
@@ -143,11 +146,13 @@ class Judge:
         ours = self._host.has(self._device(entry))
         if filesystems.way(kind) is Way.OUTSIDE or (ours and not self._same_anywhere(kind)):
             return False
+        if not filesystems.may_make(kind, self._ids, own_groups=self._own_groups):
+            return False
         self._known.add(self._device(entry), b"/")
         return True
 
     def _same_anywhere(self, kind: str) -> bool:
-        return not self._lower and filesystems.same_anywhere(kind, self._ids)
+        return not self._lower and filesystems.same_anywhere(kind, self._ids, own_groups=self._own_groups)
 
     def _found(self, entry: mnt_pb2.mnt_entry, *, of_root: bool) -> bool:
         if entry.deleted:

@@ -28,6 +28,9 @@ class Mnt(NamespaceKind):
             mounts = restoration.scratch[SCRATCH] = Mounts(restoration)
         mounts.build(place)
 
+    def complete(self, place: NewNamespace, restoration: Restoration) -> None:
+        restoration.scratch[SCRATCH].complete()
+
     def settle(self, place: NewNamespace, restoration: Restoration) -> None:
         restoration.scratch[SCRATCH].follow()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from phaul_engine.images.checkpoint import Record
 from phaul_engine.images.pb import mnt_pb2
 from phaul_engine.namespaces.base import NamespaceView
 from phaul_engine.namespaces.inside import Worker
+from phaul_engine.numbering import TREE
 from phaul_engine.objects import mounted, places
 from phaul_engine.objects.base import Collection, Owner
 from phaul_engine.proc import access
@@ -71,6 +72,7 @@ class Pass:
     trees: dict[int, MountTree] = field(default_factory=dict)  # by the engine's number of a process
     content: dict[int, dict[bytes, _Kept]] = field(default_factory=dict)  # by device, and directory of it
     mapped: dict[int, set[int]] = field(default_factory=dict)  # devices, by the number of a namespace
+    shown: dict[int, int] = field(default_factory=dict)  # whose processes file systems show, by device
 
     def written(self, view: NamespaceView) -> set[int]:
         """The devices with files that are mapped so that they can be written: that shows in no time of theirs."""
@@ -95,6 +97,10 @@ class Pass:
         """See `objects.mounted`."""
         path = os.fsencode(name.removesuffix(" (deleted)"))
         return self.trees[owner.pid].at(path).mnt_id if path.startswith(b"/") else mounted.NOWHERE
+
+    def shows(self, owner: Owner, mount: int) -> int:
+        """See `objects.mounted`."""
+        return self.trees[owner.pid].entries[mount].phaul_pid_ns
 
     def comes_along(self, device: int) -> bool:
         """See `objects.mounted`."""
@@ -135,7 +141,7 @@ def collect(view: NamespaceView, collection: Collection) -> None:
             memory["seen"][view.number] = seen
         else:
             for entry in seen.tree.entries.values():
-                _remember(entry, now.known)
+                _remember(entry, now)
         collection.checkpoint.adopt(IMAGE, view.number, seen.records)
         _collect_content(view, reader, seen, now, collection)
     now.trees.update((member.pid, seen.tree) for member in view.members)
@@ -164,6 +170,11 @@ class _Reader:
         for name in ("cgroup", "mnt"):
             self._namespaces[name] = access.open_at(view.owner.proc, f"ns/{name}")
             stack.callback(os.close, self._namespaces[name])
+
+    @property
+    def cgroups(self) -> int:
+        """The cgroup namespace of who is in it."""
+        return self._namespaces["cgroup"]
 
     def mounts(self) -> bytes:
         """Its mountinfo, from the root of the namespace."""
@@ -216,12 +227,40 @@ def _look(view: NamespaceView, reader: _Reader, text: bytes, now: Pass, collecti
     tree = MountTree(make_entry(mount, _options(mount, ids, now.host)) for mount in mounts.values())
     blockers = len(collection.blockers)
     inodes = places.inside(reader._namespaces, lambda: _inodes(tree))
-    judge = Judge(tree, mounts, now.host, now.known, inodes, ids, collection, lower=bool(view.above))
+    groups = not places.same_namespace(reader.cgroups, "cgroup")
+    arguments = tree, mounts, now.host, now.known, inodes, ids, collection
+    judge = Judge(*arguments, lower=bool(view.above), own_groups=groups)
     judge.decide(str(view), of_root=view.of_root)
+    if view.spaces:
+        _tell_processes(view, tree, reader, now, collection)
     removed = [entry for entry in tree.entries.values() if entry.deleted]
     for number, fd in reader.clones(tree, removed).items():
         _carry_removed(tree.entries[number], fd, ids, view, collection)
     return Seen(text, tree, ids, blocked=len(collection.blockers) != blockers)
+
+
+def _tell_processes(view: NamespaceView, tree: MountTree, reader: _Reader, now: Pass, collection: Collection) -> None:
+    """Whose processes each proc file system shows: its process 1 is the first of its pid namespace."""
+    made = [entry for entry in tree.entries.values() if filesystems.kind_of(entry) == "proc" and not entry.ext_key]
+    made = [entry for entry in made if not now.host.has(_device(entry.root_dev))]
+    new = {entry.root_dev: entry for entry in sorted(made, key=tree.visible) if entry.root == b"/"}
+    asked = [entry for device, entry in new.items() if device not in now.shown]
+    for entry in asked:
+        identity = (0, 0)
+        with suppress(EngineError, FileNotFoundError, ProcessLookupError):
+            status = os.stat("1/ns/pid", dir_fd=reader.clones(tree, [entry])[entry.mnt_id])
+            identity = status.st_dev, status.st_ino
+        if identity in view.spaces:
+            now.shown[entry.root_dev] = view.spaces[identity]
+        elif not tree.visible(entry):  # a user namespace may keep it hidden: what nobody sees shows the tree
+            now.shown[entry.root_dev] = TREE
+    for entry in made:
+        if entry.root_dev in now.shown:
+            entry.phaul_pid_ns = now.shown[entry.root_dev]
+        else:
+            where = f"{os_text(entry.mountpoint)} in {view}"
+            why = "it shows a pid namespace that no process of the tree is in"
+            collection.block(where, "a mount that cannot be made again", why, "unmount it")
 
 
 def _options(mount: Mount, ids: Ids, host: Host) -> bytes:
@@ -253,8 +292,11 @@ def _device(number: int) -> int:
     return os.makedev(number >> 20, number & 0xFFFFF)
 
 
-def _remember(entry: mnt_pb2.mnt_entry, known: Known) -> None:
+def _remember(entry: mnt_pb2.mnt_entry, now: Pass) -> None:
     """What an earlier pass has decided stands."""
+    known = now.known
+    if entry.HasField("phaul_pid_ns"):
+        now.shown[entry.root_dev] = entry.phaul_pid_ns
     kind = filesystems.kind_of(entry)
     device = _device(entry.root_dev)
     if entry.ext_key or entry.phaul_path:

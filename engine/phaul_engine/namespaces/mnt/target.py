@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.pb import fdinfo_pb2, mnt_pb2
 from phaul_engine.namespaces.base import NewNamespace
 from phaul_engine.namespaces.inside import InsideError, Worker
+from phaul_engine.numbering import TREE
 from phaul_engine.objects import confinement, places
 from phaul_engine.objects.base import Restoration
 from phaul_engine.objects.mounted import Way
@@ -103,8 +104,9 @@ class Mounts:
         confinement.check_namespace(self._restoration)
         tree = read_tree(self._restoration.checkpoint, place.number)
         built = self._built[place.number] = Built(place, tree, self._ids(place))
-        first = [entry for entry in tree.order() if not self._layered(entry, tree)]
-        later = [entry for entry in tree.order() if self._layered(entry, tree)]
+        possible = self._possible(tree)
+        first = [entry for entry in possible if not self._layered(entry, tree)]
+        later = [entry for entry in possible if self._layered(entry, tree)]
         self._provide(built, first)
         made = self._clone(built, first)
         namespace = {"mnt": place.descriptor}
@@ -125,6 +127,39 @@ class Mounts:
             self._provide(built, [entry])
             made = self._clone(built, [entry])
             places.inside(namespace, partial(self._attach, built, [entry], made))
+        self._workshop.remove_again()
+        self._share(built)
+
+    def complete(self) -> None:
+        """A pid namespace has been made: mount what shows its processes, and what is on that."""
+        for built in self._built.values():
+            new = [entry for entry in self._possible(built.tree) if entry.mnt_id not in built.mounts]
+            if new:
+                ours = [number for number in built.mounts if not built.tree.entries[number].phaul_shared_outside]
+
+                def part(built: Built = built, ours: list[int] = ours) -> None:
+                    for number in ours:
+                        api.set_propagation(built.mounts[number], api.MS_PRIVATE)
+
+                places.inside({"mnt": built.place.descriptor}, part)
+                self._add(built, new)
+
+    def _possible(self, tree: MountTree) -> list[mnt_pb2.mnt_entry]:
+        """The mounts that can be made, in their order: what shows the processes of a pid namespace needs that."""
+        found: dict[int, mnt_pb2.mnt_entry] = {}
+        for entry in tree.order():
+            space = entry.phaul_pid_ns
+            there = entry.ext_key or space == TREE or ("pid", space) in self._restoration.namespaces
+            if there and (entry is tree.root or entry.parent_mnt_id in found):
+                found[entry.mnt_id] = entry
+        return list(found.values())
+
+    def _add(self, built: Built, entries: Iterable[mnt_pb2.mnt_entry]) -> None:
+        """Mount more, when all others are private."""
+        for entry in entries:
+            self._provide(built, [entry])
+            made = self._clone(built, [entry])
+            places.inside({"mnt": built.place.descriptor}, partial(self._attach, built, [entry], made))
         self._workshop.remove_again()
         self._share(built)
 
@@ -162,10 +197,25 @@ class Mounts:
         if not missing:
             return
         with ExitStack() as stack:
-            worker = stack.enter_context(_worker(built))
+            usual: Worker | None = None
             for same in missing.values():
                 whole = min(same, key=lambda entry: len(entry.root))
-                self._make(built, whole, worker)
+                if whole.HasField("phaul_pid_ns"):
+                    with self._worker_in(whole.phaul_pid_ns, built) as worker:
+                        self._make(built, whole, worker)
+                else:
+                    usual = usual or stack.enter_context(_worker(built.place.descriptors))
+                    self._make(built, whole, usual)
+
+    def _worker_in(self, space: int, built: Built) -> Worker:
+        """A process in a pid namespace, to mount what shows it. Whose that is says the pid namespace, not the mounter;
+        and we may mount it, whatever else can be seen in the tree's mount namespace."""
+        namespaces = self._restoration.namespaces
+        if space != TREE:
+            return Worker({"pid": namespaces["pid", space].descriptor}, modules=(making.__name__,))
+        root = next((place for place in namespaces.values() if place.name == "pid" and place.of_root), None)
+        found = {name: fd for name, fd in built.place.descriptors.items() if name != "pid"}
+        return _worker(found | ({"pid": root.descriptor} if root else {}))
 
     def _filled(self, entry: mnt_pb2.mnt_entry) -> bool:
         return self._restoration.checkpoint.has(CONTENT, entry.root_dev)
@@ -285,7 +335,8 @@ class Mounts:
         """Give mounts their peers and masters."""
         devices, masters = self._devices(), self._masters()
         groups: dict[int, int] = {}
-        sharing = [entry for entry in built.tree.entries.values() if not entry.phaul_shared_outside]
+        sharing = [built.tree.entries[number] for number in built.mounts]
+        sharing = [entry for entry in sharing if not entry.phaul_shared_outside]
 
         def find() -> None:
             for entry in sharing:
@@ -336,8 +387,8 @@ class Mounts:
         for entry in old.order():  # what is on a mount that goes, goes too
             if entry is not old.root and entry.parent_mnt_id not in kept:
                 kept.discard(entry.mnt_id)
-        gone = [entry for entry in old.order() if entry.mnt_id not in kept]
-        new = [entry for entry in tree.order() if entry.mnt_id not in kept]
+        kept &= built.mounts.keys()
+        gone = [entry for entry in old.order() if entry.mnt_id in built.mounts and entry.mnt_id not in kept]
 
         def remove() -> None:
             for mount in built.mounts.values():
@@ -353,12 +404,7 @@ class Mounts:
         for entry in gone:
             os.close(built.mounts.pop(entry.mnt_id))
         built.tree = tree
-        for entry in new:
-            self._provide(built, [entry])
-            made = self._clone(built, [entry])
-            places.inside({"mnt": built.place.descriptor}, partial(self._attach, built, [entry], made))
-        self._workshop.remove_again()
-        self._share(built)
+        self._add(built, [entry for entry in self._possible(tree) if entry.mnt_id not in kept])
 
 
 def read_tree(checkpoint: Checkpoint, number: int) -> MountTree:
@@ -381,9 +427,8 @@ def _mount_of(entry: mnt_pb2.mnt_entry) -> tuple[object, ...]:
     )
 
 
-def _worker(built: Built) -> Worker:
-    """A process that is where the tree's first process is, as far as that is not where we are."""
-    found = built.place.descriptors
+def _worker(found: Mapping[str, int]) -> Worker:
+    """A process that is where the first task of a namespace is, as far as that is not where we are."""
     names = [name for name, fd in found.items() if name != "time" and not places.same_namespace(fd, name)]
     return Worker(found, names=names, modules=(making.__name__,))
 
