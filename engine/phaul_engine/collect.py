@@ -38,7 +38,7 @@ from .proc.tree import read_tree
 from .program import Program, Results
 from .survey import judge_threads, judge_tree
 from .syscalls import NR
-from .target import Asking, Thread, Tree, Visit
+from .target import Asking, Filter, Thread, Tree, Visit
 
 __all__ = ["Collector", "Member", "catalogue"]
 
@@ -62,12 +62,13 @@ def _no_seal(_: Collection) -> None:
 
 class _Told(NamedTuple):
     """What a thread answered at the last pass, what kinds that repeat themselves have made of it (a part of a core),
-    and the others, each with its token."""
+    the others, each with its token, and its seccomp filters."""
 
     inquiry: Inquiry
     answers: bytes
     part: bytes
     others: tuple[tuple[TaskKind, Any], ...]
+    filters: tuple[Filter, ...]
 
 
 @dataclass
@@ -416,7 +417,7 @@ class Collector:
         for thread in process.threads:
             if thread.zombie:
                 continue
-            view = _view(tree, member, thread, answers[thread.tid])
+            view = self._view(tree, member, thread, answers[thread.tid])
             results = answers[thread.tid]
             told[thread.tid] = self._hear(view, results, collection)
             core = cores[thread.tid]
@@ -432,18 +433,24 @@ class Collector:
                 collection.scratch.setdefault("brk", {})[process.pid] = brk
         return told
 
+    def _view(self, tree: Tree, member: Member, thread: Thread, results: Results) -> ThreadView:
+        leader, told = thread is member.process.driver, self._told.get(thread.tid)
+        filtered = results.answer(standing(leader).seccomp) == _FILTERED
+        filters = tree.seccomp_filters(thread, () if told is None else told.filters) if filtered else ()
+        return ThreadView(member.owner, thread.tid, member.inner_tids[thread.tid], leader, filters)
+
     def _hear(self, view: ThreadView, results: Results, collection: Collection) -> _Told:
         """What has been made of these answers before; what is made of them now, where they are others."""
         inquiry, known = standing(view.leader), self._told.get(view.tid)
         if known is not None and known.inquiry is inquiry and known.answers == results.buffer:
-            return known
+            return known._replace(filters=view.filters)
         part, others = core_pb2.core_entry(), []
         for kind, token in inquiry.kinds:
             if kind.repeats(token, results):
                 kind.collect(view, token, results, part, collection)
             else:
                 others.append((kind, token))
-        return _Told(inquiry, results.buffer, part.SerializePartialToString(), tuple(others))
+        return _Told(inquiry, results.buffer, part.SerializePartialToString(), tuple(others), view.filters)
 
     def _collect_varying(
         self, tree: Tree, member: Member, view: ThreadView, core: core_pb2.core_entry, collection: Collection
@@ -515,13 +522,6 @@ class Collector:
 def _bounds(areas: list[Area]) -> list[tuple[Any, ...]]:
     """All but the flags."""
     return [area[:8] for area in areas]
-
-
-def _view(tree: Tree, member: Member, thread: Thread, results: Results) -> ThreadView:
-    leader = thread is member.process.driver
-    filtered = results.answer(standing(leader).seccomp) == _FILTERED
-    filters = tuple(tree.seccomp_filters(thread)) if filtered else ()
-    return ThreadView(member.owner, thread.tid, member.inner_tids[thread.tid], leader, filters)
 
 
 def _make_uffd(interpreter: Any, member: Member) -> int:

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 from .arena import Arena, Seat, failed
 from .errors import EngineError, GoneError, TargetError
@@ -62,18 +62,26 @@ def reap(tracer: Tracer, tids: Sequence[int], timeout_ms: int = 5000) -> None:
     check(lib.ph_reap(tracer.handle, ffi.new("int32_t[]", list(tids)), len(tids), timeout_ms, err), err)
 
 
-def seccomp_filters(tracer: Tracer, tid: int) -> list[tuple[bytes, int]]:
-    """The filters of a traced thread that stands, oldest first: an array of `struct sock_filter`, and the flags of
-    each."""
+Filter: TypeAlias = tuple[bytes, int]  # an array of `struct sock_filter`, and the flags it was installed with
+
+
+def seccomp_filters(tracer: Tracer, tid: int, known: Sequence[Filter] = ()) -> tuple[Filter, ...]:
+    """The filters of a traced thread that stands, oldest first. None is ever taken out: if the last of those that are
+    `known` is still there, and the last, all are."""
     room = ffi.new("char[]", 8 * 4096)
-    filters: list[tuple[bytes, int]] = []
-    while True:
+
+    def read(index: int) -> Filter | None:
         err = new_error()
-        length = lib.ph_seccomp_filter(tracer.handle, tid, len(filters), room, 4096, err)
-        if check(length, err) == 0:
-            return filters
-        flags = check(lib.ph_seccomp_flags(tracer.handle, tid, len(filters), err), err)
-        filters.append((bytes(ffi.buffer(room, 8 * length)), flags))
+        length = check(lib.ph_seccomp_filter(tracer.handle, tid, index, room, 4096, err), err)
+        if length == 0:
+            return None
+        flags = check(lib.ph_seccomp_flags(tracer.handle, tid, index, err), err)
+        return bytes(ffi.buffer(room, 8 * length)), flags
+
+    filters = list(known) if known and read(len(known) - 1) == known[-1] else []
+    while (one := read(len(filters))) is not None:
+        filters.append(one)
+    return tuple(filters)
 
 
 class Visit(NamedTuple):
@@ -235,9 +243,9 @@ class Tree:
         infos = bytes(ffi.buffer(room, count * _SIGINFO_SIZE))
         return [infos[at : at + _SIGINFO_SIZE] for at in range(0, len(infos), _SIGINFO_SIZE)]
 
-    def seccomp_filters(self, thread: Thread) -> list[tuple[bytes, int]]:
-        """The filters of a thread, oldest first: an array of `struct sock_filter`, and the flags of each."""
-        return seccomp_filters(self.tracer, thread.tid)
+    def seccomp_filters(self, thread: Thread, known: Sequence[Filter] = ()) -> tuple[Filter, ...]:
+        """The filters of a thread, oldest first; `known` as above."""
+        return seccomp_filters(self.tracer, thread.tid, known)
 
     def ask(self, visits: Sequence[Visit], timeout_ms: int = 5000) -> dict[int, Results]:
         """Run a program in each of these threads, whose states have been read, all at once; the answers, by tid.

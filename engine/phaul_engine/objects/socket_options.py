@@ -384,9 +384,8 @@ def write(
     if present is None:
         present = read(sock)
     table = _table(sock.family, sock.type, sock.proto)
-    changed = {
-        key for key, value in options.values.items() if key not in without and not _same(value, present.values.get(key))
-    }
+    differing = options.values.items() - present.values.items()
+    changed = {key for key, value in differing if key not in without and not _same(value, present.values.get(key))}
     if changed & {(SOL_SOCKET, SO_SNDBUF), (SOL_SOCKET, SO_RCVBUF)}:
         changed.add((SOL_SOCKET, SO_BUF_LOCK))  # setting a size has locked it
     if filtering and options.filter != present.filter:
