@@ -9,12 +9,14 @@ the subvolume, as NAME.phaul-MIGRATION.NUMBER, and are removed when the round is
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import select
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +35,7 @@ KIND = "haul-snapshots"
 _MAGIC = 0x9123683E  # statfs(2), BTRFS_SUPER_MAGIC
 _TOP = 256  # the inode of a subvolume's top
 _READ = 1 << 18  # bytes
+_ENDING = 5.0  # seconds
 _LOOK = 200  # milliseconds between two looks whether to go on
 _NAME = re.compile(r"(?!\.\.?$)[^/\0]{1,255}")
 
@@ -109,10 +112,15 @@ def forget(data: dict[str, Any]) -> None:
 
 
 def _delete(path: str) -> None:
-    try:
-        _run("delete", path)
-    except PhaulError as error:
-        raise OSError(0, str(error), path) from error
+    """A `btrfs send` of it that a dead agent has left may still be ending."""
+    deadline = time.monotonic() + _ENDING
+    while True:
+        try:
+            return _run("delete", path)
+        except PhaulError as error:
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, str(error), path) from error
+            time.sleep(0.1)
 
 
 def send(

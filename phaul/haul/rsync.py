@@ -75,7 +75,7 @@ def send(
     PhaulError where rsync fails."""
     ours, theirs = socket.socketpair()
     heard, said = os.pipe()
-    with ours, tempfile.TemporaryFile() as complaints, tempfile.NamedTemporaryFile() as excluded:
+    with ours, tempfile.TemporaryFile() as complaints, tempfile.TemporaryFile() as excluded:
         excluded.write(b"".join(map(_pattern, without)))
         excluded.flush()
         try:
@@ -87,7 +87,7 @@ def send(
                 *(["--checksum"] if compared else []),
                 *limit,
                 "-0",
-                f"--exclude-from={excluded.name}",
+                f"--exclude-from=/proc/self/fd/{excluded.fileno()}",
                 "-e",
                 shell,
                 f"{root}/",
@@ -98,7 +98,7 @@ def send(
                 stdin=subprocess.DEVNULL,
                 stdout=complaints,
                 stderr=complaints,
-                pass_fds=(theirs.fileno(), said),
+                pass_fds=(theirs.fileno(), said, excluded.fileno()),
                 start_new_session=True,
             )
         finally:

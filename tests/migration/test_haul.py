@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,16 @@ class Container:
         print(done.stdout)
         return done.returncode, json.loads(done.stdout.splitlines()[-1])
 
+    def is_cut_off(self, role: str, condition: Callable[[], bool]) -> None:
+        """Move it from host a, slowly; an agent dies as soon as a condition is met. It stays."""
+        words = ["phaul", "migrate", "--runc", self.name, f"root@{self.hosts.b.address}", "--yes"]
+        moving = self.hosts.a.popen([*words, "--ship", "missing", "--bandwidth", "2M"])
+        wait_until(condition, "it is being sent", 60.0)
+        host = self.hosts.a if role == "source" else self.hosts.b
+        (agent,) = _agents(host)
+        host.kill(agent)
+        assert moving.wait(timeout=120) == 30
+
     def end(self) -> None:
         """It passes its own check, wherever it is, and is removed."""
         (host,) = (each for each in (self.hosts.a, self.hosts.b) if self.state(each))
@@ -100,6 +110,13 @@ class Container:
         host.run([self.runtime, "delete", self.name])
         for each in (self.hosts.a, self.hosts.b):
             shutil.rmtree(each.path(PLACE).parent, ignore_errors=True)
+
+
+def _agents(host: Host) -> list[int]:
+    """Those of a migration, without their keepers."""
+    words = {pid: host.path(f"/proc/{pid}/cmdline").read_bytes() for pid in host.processes()}
+    modules = (b"phaul.source", b"phaul.dest")
+    return [pid for pid, some in words.items() if any(one in some for one in modules) and b"phaul.keeper" not in some]
 
 
 def _left(host: Host) -> list[str]:

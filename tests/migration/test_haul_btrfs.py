@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,18 @@ UNDONE = [
     "destination after row PREPARED-PARKED: kill",
     "destination before send READY: error",
 ]
+
+
+@pytest.mark.parametrize("role", ["source", "destination"])
+def test_an_agent_that_dies_while_a_snapshot_is_sent(hosts: Hosts, one: Container, role: str) -> None:
+    hosts.a.path(f"{PLACE}/rootfs/large").write_bytes(os.urandom(64 << 20))
+    staged = hosts.b.path(PLACE).parent
+    one.is_cut_off(role, lambda: any(staged.glob("web.phaul-*.received/*/rootfs/large")))
+    wait_until(lambda: subvolumes(hosts.a) == ["there/web"], f"no snapshot is left: {subvolumes(hosts.a)}", 60.0)
+    wait_until(lambda: not staged.exists(), f"nor anything there: {subvolumes(hosts.b)}", 60.0)
+    hosts.a.path(f"{PLACE}/rootfs/large").unlink()
+    one.goes_on(hosts.a)
+    explained(hosts)
 
 
 @pytest.mark.parametrize("words", UNDONE)

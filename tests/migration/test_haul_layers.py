@@ -132,6 +132,19 @@ def test_it_takes_along_what_it_has_written(hosts: Hosts, one: Layered) -> None:
         assert done.stdout == "kept\n" * 100
 
 
+@pytest.mark.parametrize("role", ["source", "destination"])
+@pytest.mark.parametrize("one", ["apart", "in the bundle"], indirect=True)
+def test_an_agent_that_dies_while_it_is_filled(hosts: Hosts, one: Layered, role: str) -> None:
+    before, there = seen(hosts.a.path(f"{PLACE}/rootfs")), left(hosts.b)
+    hosts.a.path(f"{PLACE}/rootfs/large").write_bytes(os.urandom(64 << 20))
+    one.is_cut_off(role, lambda: any(hosts.b.path(f"{PLACE}/..").glob("web.phaul-*/rootfs/.large*")))
+    wait_until(lambda: (mounts(hosts.b), left(hosts.b)) == ([], there), f"nothing is left: {left(hosts.b)}", 60.0)
+    hosts.a.path(f"{PLACE}/rootfs/large").unlink()
+    assert seen(hosts.a.path(f"{PLACE}/rootfs")) == before
+    one.goes_on(hosts.a)
+    explained(hosts)
+
+
 FINISHED = ["destination after row PARKED-RESUMED: kill", "source after row COMMITTED-RELEASED: kill"]
 UNDONE = [
     "destination after work BUILD: error",
