@@ -80,5 +80,43 @@ def test_what_it_plugs_in_by_netlink_is_left_out(tracer: Tracer) -> None:
     _ip("link del out", "link del bridge")
 
 
+_MAKING = """
+import os
+from phaul_engine.namespaces.net import link
+from phaul_engine.namespaces.net.device import info
+from phaul_engine.namespaces.net.netlink import CREATE, EXCL, Namespace, attribute
+from phaul_engine.objects import places
+def go_up(space, name):
+    space.route.request(link.SETLINK, 0, link.head(link.read_link(space, name=name).index, flags=1, change=1))
+inside = places.in_new_network(lambda: os.open("/proc/thread-self/ns/net", os.O_RDONLY))
+with Namespace(inside) as away, Namespace(os.open("/proc/self/ns/net", os.O_RDONLY)) as home:
+    master = attribute(link.MASTER, link.read_link(home, name="bridge").index.to_bytes(4, "little"))
+    place = attribute(link.NET_NS_FD, inside.to_bytes(4, "little"))
+    body = link.head() + attribute(link.NAME, b"out\\0") + info("veth", attribute(1, link.head() + place))
+    home.route.request(link.NEWLINK, CREATE | EXCL, body + master)
+    go_up(away, "lo")
+    go_up(home, "out")
+    go_up(home, "bridge")
+    os.set_inheritable(inside, True)  # or the pair ends with this program
+    os.execvp("sh", ["sh", "-c", os.environ["RUNTIME"]])
+"""
+
+
+def test_one_that_it_makes_as_a_port_stays_down(tracer: Tracer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As netavark does it: nothing is heard at the port, and its bridge is one in use."""
+    _ip("link add bridge type bridge")
+    monkeypatch.setenv("RUNTIME", f"{_RUNTIME} &")
+    caught = catch(tracer, [sys.executable, "-c", _MAKING], _TIMEOUT)
+    ((index, port),) = caught.plugs.items()
+    assert port == Port("bridge")
+    said = _ip("-d link show out", "link show bridge")
+    assert f"{index}: out@" in said
+    assert "master bridge" in said
+    assert ",UP" not in said.partition("bridge: ")[0]
+    assert ",UP" in said.partition("bridge: ")[2], "what is no port of a bridge is done"
+    _ip("link del out", "link del bridge")
+    kill(tracer, caught)
+
+
 def _ip(*commands: str) -> str:
     return "".join(subprocess.run(["ip", *one.split()], check=True, stdout=-1).stdout.decode() for one in commands)

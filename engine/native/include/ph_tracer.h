@@ -240,7 +240,8 @@ struct ph_catch {
    catch that before it has run any instruction of its program. Returns its pid: traced (EXITKILL, births followed), and
    stopped; nothing else of what was started is traced any more. -1: none of it is left, so far as it was traced.
    Nothing is plugged into bridges meanwhile (SIOCBRADDIF of netdevice(7), IFLA_MASTER of rtnetlink(7)), so far as this
-   is done from the caller's network namespace, to a device that is there: what would have been stands in `plugs`.
+   is done in the caller's network namespace, to a device that is there; one that is made as a port stays down. What would
+   have been stands in `plugs`.
    With `privileged` no call of the first process is made that would take capabilities or its ids from it, or confine it
    by a filter (capabilities(7), setuid(2), seccomp(2)): a runtime that takes them before the program is executed would
    leave a task that nothing can be built in. */

@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -33,6 +34,7 @@ struct hunt {
 	pid_t command; /* what we have started; 0 when it has ended */
 	pid_t caught;
 	int status; /* the command's, when it has ended */
+	char bridge[IF_NAMESIZE]; /* what the device that is made now is a port of; empty if of nothing */
 	pid_t *others;
 	size_t count, room;
 };
@@ -76,26 +78,32 @@ forget (struct hunt *hunt, pid_t pid)
 			hunt->others[i--] = hunt->others[--hunt->count];
 }
 
-/* Whether a process is number 1 in a pid namespace below ours (proc_pid_status(5)). */
-static bool
-is_first (pid_t pid)
+/* Find a line of a thread's status (proc_pid_status(5)): what stands behind its name, in `line`. NULL: it is gone. */
+static char *
+status_of (pid_t pid, const char *name, char *line, int size)
 {
-	char path[64], line[256];
-	bool first = false;
+	char path[64], *found = NULL;
 
 	snprintf (path, sizeof (path), "/proc/%d/status", pid);
 	FILE *file = fopen (path, "re");
-	while (file && fgets (line, sizeof (line), file))
-		if (strncmp (line, "NSpid:", 6) == 0)
-			{
-				char *here = strtok (line + 6, "\t \n"), *last = here, *next;
-				while ((next = strtok (NULL, "\t \n")))
-					last = next;
-				first = last && last != here && strcmp (last, "1") == 0;
-			}
+	while (file && !found && fgets (line, size, file))
+		if (strncmp (line, name, strlen (name)) == 0)
+			found = line + strlen (name);
 	if (file)
 		fclose (file);
-	return first;
+	return found;
+}
+
+/* Whether a process is number 1 in a pid namespace below ours. */
+static bool
+is_first (pid_t pid)
+{
+	char line[256], *rest = status_of (pid, "NSpid:", line, sizeof (line)), *next;
+	char *here = rest ? strtok (rest, "\t \n") : NULL, *last = here;
+
+	while (here && (next = strtok (NULL, "\t \n")))
+		last = next;
+	return last != here && strcmp (last, "1") == 0;
 }
 
 static pid_t
@@ -158,20 +166,26 @@ settle (struct hunt *hunt, pid_t pid, struct ph_error *err)
 	return 0;
 }
 
+static void
+note (struct ph_catch *wanted, const char *bridge, int port)
+{
+	struct ph_plug *plug = &wanted->plugs[wanted->plug_count++];
+
+	memcpy (plug->bridge, bridge, IF_NAMESIZE);
+	plug->port = port;
+}
+
 /* A device is to become a port of a bridge: note it, and have no call made. */
 static void
 unplug (struct hunt *hunt, pid_t pid, uint64_t argument)
 {
-	struct ph_catch *wanted = hunt->wanted;
 	struct ifreq request = { 0 };
 	struct iovec here = { &request, sizeof (request) }, there = { (void *) argument, sizeof (request) };
 
-	if (process_vm_readv (pid, &here, 1, &there, 1, 0) != sizeof (request) || wanted->plug_count == PH_PLUGS)
+	if (process_vm_readv (pid, &here, 1, &there, 1, 0) != sizeof (request) || hunt->wanted->plug_count == PH_PLUGS)
 		return;
-	struct ph_plug *plug = &wanted->plugs[wanted->plug_count++];
-	memcpy (plug->bridge, request.ifr_name, sizeof (plug->bridge));
-	plug->bridge[sizeof (plug->bridge) - 1] = 0;
-	plug->port = request.ifr_ifindex;
+	request.ifr_name[IF_NAMESIZE - 1] = 0;
+	note (hunt->wanted, request.ifr_name, request.ifr_ifindex);
 }
 
 /* A request to rtnetlink about one device, as it stands in a task's memory at `where`. */
@@ -183,16 +197,19 @@ struct request {
 	uint64_t where;
 };
 
-/* Whether a thread is in our own network namespace: indexes and names of devices mean the same to it. */
+/* Whether a socket is of our own network namespace: indexes and names of devices mean the same there. Threads are in
+   another one than their sockets. */
 static bool
-is_at_home (pid_t pid)
+is_of_home (pid_t pid, int number)
 {
-	char path[64];
 	struct stat ours, theirs;
+	char line[256], *leader = status_of (pid, "Tgid:", line, sizeof (line));
+	cleanup_close int process = leader ? (int) syscall (__NR_pidfd_open, atoi (leader), 0) : -1;
+	cleanup_close int own = process < 0 ? -1 : (int) syscall (__NR_pidfd_getfd, process, number, 0);
+	cleanup_close int space = own < 0 ? -1 : ioctl (own, SIOCGSKNS);
 
-	snprintf (path, sizeof (path), "/proc/%d/ns/net", pid);
-	return stat ("/proc/self/ns/net", &ours) == 0 && stat (path, &theirs) == 0 && ours.st_ino == theirs.st_ino
-	       && ours.st_dev == theirs.st_dev;
+	return space >= 0 && stat ("/proc/self/ns/net", &ours) == 0 && fstat (space, &theirs) == 0
+	       && ours.st_ino == theirs.st_ino && ours.st_dev == theirs.st_dev;
 }
 
 /* Whether sendto(2) sends to the kernel, or to whoever the socket is connected with. */
@@ -221,7 +238,8 @@ read_request (pid_t pid, const uint64_t *args, struct request *request)
 	const struct nlmsghdr *head = &request->head;
 	if (head->nlmsg_len > args[2] || head->nlmsg_len < NLMSG_LENGTH (sizeof (struct ifinfomsg)))
 		return false;
-	return (head->nlmsg_type == RTM_NEWLINK || head->nlmsg_type == RTM_SETLINK) && is_at_home (pid);
+	return (head->nlmsg_type == RTM_NEWLINK || head->nlmsg_type == RTM_SETLINK)
+	       && is_of_home (pid, (int) args[0]);
 }
 
 static struct rtattr *
@@ -246,11 +264,11 @@ change_request (pid_t pid, const struct request *request, void *at, size_t size)
 	return process_vm_writev (pid, &here, 1, &there, 1, 0) == (ssize_t) size;
 }
 
-/* A device is to be a port of a bridge: note it, and have it be a port of none. */
+/* A device is to be a port of a bridge: note it, and have it be a port of none. One that is made as a port may be one,
+   but stays down (`leave_down`): nothing is heard at it, and the bridge is in use. */
 static void
 leave_out_master (struct hunt *hunt, pid_t pid, struct request *request)
 {
-	struct ph_catch *wanted = hunt->wanted;
 	struct ifinfomsg *info = NLMSG_DATA (&request->head);
 	struct rtattr *attribute = find_attribute (request, IFLA_MASTER);
 	char name[IF_NAMESIZE];
@@ -258,17 +276,32 @@ leave_out_master (struct hunt *hunt, pid_t pid, struct request *request)
 
 	if (!attribute || RTA_PAYLOAD (attribute) != sizeof (master))
 		return;
-	if (info->ifi_index == 0 || wanted->plug_count == PH_PLUGS)
-		return;
 	memcpy (&master, RTA_DATA (attribute), sizeof (master));
 	if (master == 0 || !if_indextoname (master, name))
 		return;
+	if (info->ifi_index == 0)
+		{
+			memcpy (hunt->bridge, name, sizeof (hunt->bridge));
+			return;
+		}
 	memcpy (RTA_DATA (attribute), &none, sizeof (none));
-	if (!change_request (pid, request, RTA_DATA (attribute), sizeof (none)))
+	if (change_request (pid, request, RTA_DATA (attribute), sizeof (none)))
+		note (hunt->wanted, name, info->ifi_index);
+}
+
+/* A device goes up that was made as a port of a bridge: note it, and have it stay down. */
+static void
+leave_down (struct hunt *hunt, pid_t pid, struct request *request)
+{
+	struct ifinfomsg *info = NLMSG_DATA (&request->head);
+
+	if (!hunt->bridge[0] || !(info->ifi_flags & info->ifi_change & IFF_UP))
 		return;
-	struct ph_plug *plug = &wanted->plugs[wanted->plug_count++];
-	memcpy (plug->bridge, name, sizeof (plug->bridge));
-	plug->port = info->ifi_index;
+	info->ifi_flags &= ~(unsigned) IFF_UP;
+	if (!change_request (pid, request, info, sizeof (*info)))
+		return;
+	note (hunt->wanted, hunt->bridge, info->ifi_index);
+	hunt->bridge[0] = 0;
 }
 
 /* Something is to be set of a port that is none: note it. The kernel is asked to change nothing of the device. */
@@ -303,8 +336,11 @@ look_at_message (struct hunt *hunt, pid_t pid, const uint64_t *args)
 	struct ifinfomsg *info = NLMSG_DATA (&request.head);
 	if (info->ifi_family == AF_BRIDGE)
 		leave_out_settings (hunt, pid, &request);
-	else
-		leave_out_master (hunt, pid, &request);
+	else if (hunt->wanted->plug_count < PH_PLUGS)
+		{
+			leave_down (hunt, pid, &request);
+			leave_out_master (hunt, pid, &request);
+		}
 }
 
 /* Whether a call takes privileges from its thread, or confines it. */
