@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from phaul_engine.cgroup import path_of
+from phaul_engine.errors import EngineError
 
 from phaul.errors import PhaulError, UsageError
 from phaul.events import Finding
@@ -112,6 +113,8 @@ class Podman(Workload):
     def prepare(self, facts: dict[str, Any], note: Note, tracer: Tracer, places: Places = NOWHERE) -> Place:
         from phaul_engine import catching
 
+        from . import podman_bridges
+
         name = _named(facts)
         refuse(self.examine(facts, [final for final, _ in places.staged]))
         notes: dict[str, Any] = {"name": name, "mounted": bool(facts.get("layer"))}
@@ -127,7 +130,8 @@ class Podman(Workload):
         try:
             podman_networks.pin(_started(name))
             podman_networks.check(facts, _started(name))  # asked anew: before, podman may not find its addresses
-        except (OSError, PhaulError):
+            podman_bridges.keep((port.bridge for port in caught.plugs.values()), note, notes)
+        except (OSError, EngineError, PhaulError):
             catching.kill(tracer, caught)
             raise
         with contextlib.suppress(PhaulError):  # it is not worth failing for
@@ -138,6 +142,9 @@ class Podman(Workload):
         return Place(path_of(caught.pid), caught.options)
 
     def take_over(self, notes: dict[str, Any], root: int, pids: Iterable[int]) -> None:
+        from . import podman_bridges
+
+        podman_bridges.leave(notes)
         state, pid = _state(_named(notes))
         if (state, pid) != (_RUNNING, root):
             raise PhaulError(
@@ -147,7 +154,10 @@ class Podman(Workload):
     def withdraw(self, notes: dict[str, Any]) -> None:
         if not notes:  # it never came to that
             return
+        from . import podman_bridges
+
         name = _named(notes)
+        podman_bridges.leave(notes)  # at once: where podman clears away by itself, it removes them, too
         if "first" in notes:
             _end(name, int(notes["first"][0]))
         state, _ = _state(name)

@@ -26,7 +26,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,200}")
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _UNKNOWN = "network not found"  # in what podman says where it has none of that name
 _COMPARED = ("driver", "subnets", "internal", "ipv6_enabled", "dns_enabled", "options")
-_BACKENDS = ("cni",)
+NETAVARK = "netavark"
+_BACKENDS = ("cni", NETAVARK)
 _MOST = 32  # of anything that a container has
 
 
@@ -96,9 +97,13 @@ def _network(name: str) -> dict[str, str] | None:
     subnets = told.get("subnets") or ()
     told["subnets"] = [{key: one[key] for key in ("subnet", "gateway") if key in one} for one in subnets]
     found = {key: json.dumps(told[key], sort_keys=True) for key in _COMPARED if told.get(key)}
-    backend = podman_facts.run("info", "--format", "{{.Host.NetworkBackend}}").strip()
     ipam = str((told.get("ipam_options") or {}).get("driver", ""))
-    return found | {"ipam": json.dumps(ipam), "backend": json.dumps(backend)}
+    return found | {"ipam": json.dumps(ipam), "backend": json.dumps(backend())}
+
+
+def backend() -> str:
+    """What makes this host's networks."""
+    return podman_facts.run("info", "--format", "{{.Host.NetworkBackend}}").strip()
 
 
 # -- JSON of the other host ------------------------------------------------------------------------------------------
@@ -188,9 +193,9 @@ def cannot(attachments: list[Attachment], told: Facts) -> Iterator[Finding]:
             what = f"is of driver {told_driver}" if told_driver != "bridge" else "is in a VLAN of its bridge"
             text = f"its network {one.name} {what}, and phaul moves containers on bridges of podman's"
             yield Finding("blocker", "podman-network", text, "create it on a network of driver bridge, without vlan")
-        elif (backend := json.loads(one.network.get("backend", '""'))) not in _BACKENDS:
-            text = f"podman's networks are made by {backend}, and phaul knows how {' and '.join(_BACKENDS)} does that"
-            advice = f'network_backend = "{_BACKENDS[0]}" in containers.conf, on both hosts (podman system reset)'
+        elif (maker := json.loads(one.network.get("backend", '""'))) not in _BACKENDS:
+            text = f"podman's networks are made by {maker}, and phaul knows how {' and '.join(_BACKENDS)} does that"
+            advice = f'network_backend = "{NETAVARK}" in containers.conf, on both hosts (podman system reset)'
             yield Finding("blocker", "podman-network", text, advice)
         elif json.loads(one.network.get("ipam", '""')) == "dhcp":
             text = f"its address on the network {one.name} is one that was leased to this host (DHCP)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from tests.hosts import Host, Hosts
 from tests.hosts.migrate import Migration, fault
 from tests.subjects.podman import ADDRESS, BUSYBOX, LAN, MAC, PORT, Container
-from tests.subjects.programs import start_echo_client
+from tests.subjects.programs import start_echo_client, wait_until
 
 pytestmark = [
     pytest.mark.skipif(not (shutil.which("podman") and shutil.which("runc")), reason="podman or runc is not installed"),
@@ -22,6 +23,10 @@ pytestmark = [
 
 _plugins = pytest.mark.skipif(
     not Path("/usr/lib/cni/bridge").exists(), reason="no containernetworking-plugins: run .ci/packages"
+)
+_netavark = pytest.mark.skipif(not Path("/usr/lib/podman/netavark").exists(), reason="no netavark: run .ci/packages")
+_backends = pytest.mark.parametrize(
+    "backend", [pytest.param("cni", marks=_plugins), pytest.param("netavark", marks=_netavark)]
 )
 
 
@@ -103,13 +108,13 @@ def test_one_that_writes_to_a_volume_only(hosts: Hosts) -> None:
 
 
 @pytest.fixture
-def plugged(hosts: Hosts, bridges: None) -> Iterator[Container]:
+def plugged(hosts: Hosts, bridges: None, backend: str) -> Iterator[Container]:
     """One on a network whose bridge is on the hosts' own network."""
-    with _running(Container(hosts, ["--ip", ADDRESS, "--mac-address", MAC], network=LAN)) as one:
+    with _running(Container(hosts, ["--ip", ADDRESS, "--mac-address", MAC], network=LAN, backend=backend)) as one:
         yield one
 
 
-@_plugins
+@_backends
 @pytest.mark.timeout(600)
 def test_one_on_a_bridge_moves_there_and_back_with_its_connections(hosts: Hosts, plugged: Container) -> None:
     client = start_echo_client(hosts.client, ADDRESS)
@@ -129,19 +134,20 @@ def test_one_on_a_bridge_moves_there_and_back_with_its_connections(hosts: Hosts,
         assert {f"link/ether {MAC}", f"inet {ADDRESS}/24"} <= _pairs(plugged.inside(destination, "ip", "addr"))
         name = plugged.inside(destination, "hostname")
         assert f"{ADDRESS}\t{name}" in plugged.inside(destination, "cat", "/etc/hosts")
-        assert destination.run(["bridge", "-d", "link"]).stdout.count("hairpin on") == 1, "as podman has set it"
+        hairpins = destination.run(["bridge", "-d", "link"]).stdout.count("hairpin on")
+        assert hairpins == (plugged.backend == "cni"), "as podman has set it"
     client.finish()
     hosts.a.run(["podman", "stop", "--time", "5", plugged.name])
     assert (_leftover(hosts.a), plugged.told(hosts.a)["State"]["ExitCode"]) == ([], 0)
 
 
-@_plugins
+@_backends
 @pytest.mark.timeout(600)
-def test_one_on_podmans_own_network(hosts: Hosts) -> None:
+def test_one_on_podmans_own_network(hosts: Hosts, backend: str) -> None:
     """It moves where podman was told its addresses, by the command that the preflight writes down; with a volume that
     is sent along, too, for which podman there runs in a mount namespace of its own."""
     options = ["--publish", f"{PORT}:7777", "--volume", "/srv/own/sent:/sent"]
-    one = Container(hosts, options, volume=True, network="podman")
+    one = Container(hosts, options, volume=True, network="podman", backend=backend)
     one.set_up()
     for host in (hosts.a, hosts.b):
         host.path("/srv/own/sent").mkdir()
@@ -168,6 +174,34 @@ def test_one_on_podmans_own_network(hosts: Hosts) -> None:
     hosts.b.run(["podman", "stop", "--time", "5", one.name])
     assert _leftover(hosts.b) == []
     one.tear_down()
+
+
+@_netavark
+@pytest.mark.timeout(600)
+def test_a_bridge_that_netavark_would_remove(hosts: Hosts) -> None:
+    """It does so when the last container of a network has ended: not while one comes, and then as ever."""
+    address = "10.88.0.50"
+    options = ["--ip", address, "--mac-address", MAC]
+    with _running(Container(hosts, options, volume=True, network="podman", backend="netavark")) as one:
+        other = ["podman", "run", "-d", "--rm", "--name", "other", "--network", "podman", "small"]
+        hosts.b.run([*other, BUSYBOX, "sleep", "100"])
+        with ThreadPoolExecutor() as pool:
+            moving = pool.submit(one.move, hosts.a, "--bandwidth", "4MiB")
+            wait_until(lambda: _is_made(hosts.b), "it comes", 20.0)
+            hosts.b.run(["podman", "stop", "--time", "0", "other"])
+            ports = hosts.b.run(["ip", "-o", "link", "show", "master", "podman0"]).stdout.splitlines()
+            assert (len(ports), moving.running()) == (1, True), ports
+            migration = moving.result()
+        assert migration.outcome == "migrated", str(migration)
+        one.goes_on(hosts.b)
+        assert len(hosts.b.run(["ip", "-o", "link", "show", "master", "podman0"]).stdout.splitlines()) == 1
+        assert _leftover(hosts.a) == []
+        with fault(hosts.a, "destination before send READY: error"):
+            assert one.move(hosts.b).outcome == "stayed"
+        assert _leftover(hosts.a) == []
+        assert "0% packet loss" in one.inside(hosts.b, "ping", "-c", "1", hosts.client.address), "through its gateway"
+        hosts.b.run(["podman", "stop", "--time", "5", one.name])
+        assert _leftover(hosts.b) == []
 
 
 @pytest.fixture
@@ -225,9 +259,16 @@ def _greeting(client: Host, host: Host) -> str:
     return client.run(["sh", "-c", script], check=False).stdout
 
 
+def _is_made(host: Host) -> bool:
+    """Whether a host has a container's veth pair which is not plugged in yet."""
+    links = host.run(["ip", "-o", "link", "show", "up", "type", "veth"]).stdout.splitlines()
+    return any(" master " not in line for line in links if " eth0" not in line)
+
+
 def _leftover(host: Host) -> list[str]:
     """What a host has of a container's network."""
-    ports = host.run(["ip", "-o", "link", "show", "type", "bridge_slave"]).stdout.splitlines()
+    links = host.run(["ip", "-o", "link"]).stdout.splitlines()
+    ports = [line for line in links if " master " in line or " podman" in line]
     leases = [path.name for path in host.path("/var/lib/cni/networks").glob("*/10.*")]
     spaces = [path.name for path in host.path("/run/netns").glob("*")]
     rules = [line for line in host.run(["nft", "list", "ruleset"]).stdout.splitlines() if " 10." in line]

@@ -28,26 +28,39 @@ cgroup_manager = "cgroupfs"
 runtime = "runc"
 events_logger = "file"
 [network]
+network_backend = "{backend}"
 network_config_dir = "{networks}"
 """
 ADDRESS, MAC, PORT = "10.77.0.50", "02:77:00:00:00:50", 8077
 LAN = "lan"
 """A network whose bridge is on the hosts' own network (`tests.hosts.bridges`), as an administrator writes one down."""
-_LAN = {
-    "cniVersion": "0.4.0",
-    "name": LAN,
-    "plugins": [
-        {
-            "type": "bridge",
-            "bridge": BRIDGE,
-            "hairpinMode": True,
-            "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.77.0.0/24"}]]},
-        },
-        {"type": "portmap", "capabilities": {"portMappings": True}},
-        {"type": "firewall"},
-        {"type": "tuning"},
-    ],
+_LAN: dict[str, dict[str, Any]] = {
+    "cni": {
+        "cniVersion": "0.4.0",
+        "name": LAN,
+        "plugins": [
+            {
+                "type": "bridge",
+                "bridge": BRIDGE,
+                "hairpinMode": True,
+                "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.77.0.0/24"}]]},
+            },
+            {"type": "portmap", "capabilities": {"portMappings": True}},
+            {"type": "firewall"},
+            {"type": "tuning"},
+        ],
+    },
+    "netavark": {
+        "name": LAN,
+        "id": "77" * 32,
+        "driver": "bridge",
+        "network_interface": BRIDGE,
+        "subnets": [{"subnet": "10.77.0.0/24"}],
+        "internal": True,
+        "ipam_options": {"driver": "host-local"},
+    },
 }
+_FILES = {"cni": f"{LAN}.conflist", "netavark": f"{LAN}.json"}
 _NETWORKS = "/run/container-networks"
 _FORWARD = "/proc/sys/net/ipv4/ip_forward"
 _PROGRAM = f"""[ -w / ] && {BUSYBOX} rm -rf /gone && {BUSYBOX} mkdir /made && echo early > /made/file
@@ -59,14 +72,16 @@ exec /bin/heap --status /data/heap.status --heap 16 --rate 10
 
 @dataclass
 class Container:
-    """One, on both hosts, that is created with `options`, on `network`. Its program writes to its own layer, or, if it
-    has one, to a volume on storage that both see, and to its log; another one answers at port 7777."""
+    """One, on both hosts, that is created with `options`, on `network`, which `backend` makes. Its program writes to
+    its own layer, or, if it has one, to a volume on storage that both see, and to its log; another one answers at port
+    7777."""
 
     hosts: Hosts
     options: list[str] = field(default_factory=list)
     name: str = "web"
     volume: bool = False
     network: str = "none"
+    backend: str = "cni"
 
     def set_up(self) -> None:
         """Have podman work on the hosts, without the privileges that tests may lack; and the image."""
@@ -82,9 +97,10 @@ class Container:
             shutil.copy(build(name, "-static"), root / "bin" / name)
         (root / "gone" / "file").write_text("of the image\n")
         for host in (self.hosts.a, self.hosts.b):
-            host.path(_OURS).write_text(_SETTINGS.format(files=files, processes=processes, networks=_NETWORKS))
+            settings = {"files": files, "processes": processes, "networks": _NETWORKS, "backend": self.backend}
+            host.path(_OURS).write_text(_SETTINGS.format(**settings))
             host.path(_NETWORKS).mkdir()
-            host.path(f"{_NETWORKS}/{LAN}.conflist").write_text(json.dumps(_LAN))
+            host.path(f"{_NETWORKS}/{_FILES[self.backend]}").write_text(json.dumps(_LAN[self.backend]))
             host.run(["mount", "--bind", _OURS, _CONFIGURATION])
             if host is self.hosts.a:
                 host.run(["sh", "-c", "tar -C /srv/shared/image -c . | podman import - small"])
@@ -167,7 +183,7 @@ def _clear_networks(host: Host) -> None:
     host.run(["umount", "--recursive", "/run/netns"], check=False)
     host.run(["rm", "-rf", "/var/lib/cni", "/run/netns", _NETWORKS])
     host.run(["nft", "flush", "ruleset"])
-    for bridge in ("cni-podman0", "cni-podman1"):
+    for bridge in ("cni-podman0", "cni-podman1", "podman0", "podman1"):
         host.run(["ip", "link", "delete", bridge], check=False)
     host.run(["sh", "-c", f"echo 0 > {_FORWARD}"])
 

@@ -144,8 +144,10 @@ def test_a_backend_that_phaul_does_not_know(podman: _Podman) -> None:
     podman.backend = "netavark"
     ((text, _),) = _told(facts)
     assert 'backend is "netavark", here "cni"' in text
+    assert not list(podman_networks.cannot(podman_networks.of(_container()), _container()))
+    podman.backend = "other"
     (blocker,) = podman_networks.cannot(podman_networks.of(_container()), _container())
-    assert "made by netavark" in blocker.text
+    assert "made by other" in blocker.text
 
 
 @pytest.mark.parametrize("change", [{"addresses": ["10.1;x"]}, {"name": "--opt"}, {"device": 7, "aliases": 3}])
