@@ -185,11 +185,9 @@ async def _examine(migration: str, order: Order, settings: Settings, hosts: _Hos
     missing = [file for file in program.questions.needed if file.path not in answers.files]
     missing = missing if wishes.ship == "missing" else []
     hauled = trees.hauled(program.questions.trees, answers.trees) if wishes.ship == "missing" else ()
-    overlays = [tree for tree in program.questions.trees if tree.path in hauled and tree.layers is not None]
-    if overlays and relay.LAYERS not in hosts.agreement.features:
-        text = f"phaul on {hosts.there.name} is too old to mount {overlays[0].path} there"
-        findings.append(Finding("blocker", "tree-version", text, f"phaul deploy {hosts.there.name}"))
-    directories = (*hauled, *(path for tree in overlays if tree.layers for path in tree.layers.directories))
+    overlays = {tree.path: tree.layers for tree in program.questions.trees if tree.path in hauled and tree.layers}
+    findings += trees.too_old(overlays, hosts.there.name, able=relay.LAYERS in hosts.agreement.features)
+    directories = (*hauled, *(path for known in overlays.values() for path in known.directories))
     findings += await _policies(program, wishes, missing, directories, hosts)
     if wishes.ship != "missing":
         return _Examined(program.pid, findings)

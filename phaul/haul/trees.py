@@ -154,6 +154,14 @@ def hauled(trees: Iterable[Tree], answers: dict[str, TreeAnswer]) -> tuple[str, 
     return tuple(path for path, known in found if known is not None and known.state == "free")
 
 
+def too_old(overlays: Iterable[str], there: str, *, able: bool) -> Iterator[Finding]:
+    """What the destination's phaul cannot do; `able`: mount file systems of layers."""
+    for path in () if able else overlays:
+        yield Finding(
+            "blocker", "tree-version", f"phaul on {there} is too old to mount {path}", f"phaul deploy {there}"
+        )
+
+
 def subvolumes(trees: Iterable[Tree], answers: dict[str, TreeAnswer], hauled: Iterable[str]) -> tuple[str, ...]:
     """Those of them that btrfs sends at first."""
     able = {tree.path for tree in trees if tree.subvolume and answers[tree.path].btrfs}

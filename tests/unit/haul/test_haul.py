@@ -92,6 +92,8 @@ def test_layers_of_a_mount() -> None:
         with pytest.raises(EngineError):
             layers.checked({"/a": asdict(found)})
     assert layers.of("/a/web", ()) is None
+    assert [one.check for one in trees.too_old({"/a": known}, "there", able=False)] == ["tree-version"]
+    assert list(trees.too_old({"/a": known}, "there", able=True)) == []
     for nonsense in ({"/a": 5}, {"/a": {"colour": "red"}}, "text"):
         with pytest.raises(EngineError):
             layers.checked(nonsense)
@@ -205,3 +207,23 @@ def test_what_rsync_says_of_files_that_go_away() -> None:
     assert rsync.outcome(23, "\n".join((acl, skipped, vanished, end))) is rsync.Sent.AGAIN
     assert rsync.outcome(23, "\n".join((acl, denied, end))) is None
     assert rsync.outcome(12, acl) is None
+
+
+@root_only
+def test_what_is_in_the_way_of_layers(tmp_path: Path) -> None:
+    for name in ("image", "home", "point"):
+        (tmp_path / name).mkdir()
+    top = str(tmp_path)
+    known = Layers((f"{top}/image",), f"{top}/home/upper", f"{top}/home/work")
+    tree = Tree(f"{top}/point", layers=known)
+    assert trees.answer(tree).state == "free"
+    elsewhere = replace(known, lower=(f"{top}/web/image",))
+    assert "web/image is not there" in trees.answer(replace(tree, layers=elsewhere)).text
+    assert trees.answer(replace(tree, layers=elsewhere), [f"{top}/web"]).state == "free", "it comes along"
+    for name in ("point/file", "home/work/work", "home/upper/file"):
+        (tmp_path / name).mkdir(parents=True)
+        found = trees.answer(tree)
+        assert found.text == f"{(tmp_path / name).parent} is there already"
+        assert _checks(tree, found) == [("blocker", "tree-in-the-way")]
+        assert _checks(tree, found, ship=False) == [], "somebody has seen to it"
+        (tmp_path / name).rmdir()
