@@ -129,7 +129,7 @@ class Bearing:
             elif self._births.init is None and not self._births.namespaces.numbered:
                 return aiming.Aim(self._births.arena, parent.seats[parent.node.pid].slot, number)
             else:
-                self._say(self._births.tasks[self._births.namespaces.root], number)
+                self._say(self._births.init or self._births.tasks[self._births.namespaces.root], number)
         return None
 
     def _say(self, task: Task, number: int) -> None:

@@ -245,10 +245,7 @@ class Births:
             self.namespaces.settle_caught(self._restoration.tasks[node.pid], lambda program: self.run(task, program))
             return
         flags = 0 if node.placeholder else self.namespaces.flags(node.pid)
-        apart = not node.placeholder and bool(self.namespaces.of_task(node.pid))
-        if self._restoration.options.get("pidns") and self.namespaces.descends(self.namespaces.root):
-            why = "a pid namespace cannot be given to a program whose first process is in a user namespace"
-            raise RebuildError(why, advice="free the numbers that it needs here")
+        apart = "pid" in self.namespaces.of_task(self.namespaces.root)
         if apart or not self._restoration.options.get("pidns"):
             self.tasks[node.pid] = task = self._spawn(node, flags)
             if not node.placeholder:
@@ -263,6 +260,7 @@ class Births:
             program = Program()
             pid_namespace.settle(program)
             self.run(self.init, program)
+            self.namespaces.share(self.init.pid)
         self._fork(self.init, node)
 
     def become_init(self, first: int) -> None:

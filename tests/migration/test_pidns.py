@@ -103,3 +103,37 @@ def test_a_pipeline_goes_on_forking_in_its_namespace(mover: Mover) -> None:
     job.goes_on()
     init = int(hosts.a.path(f"/proc/{outer_pid(again, there)}/stat").read_text().rpartition(")")[2].split()[1])
     hosts.a.kill(init)
+
+
+def test_one_whose_session_leader_has_ended(mover: Mover) -> None:
+    """Its session and group keep their numbers, which nobody has."""
+    hosts = mover.hosts
+    for name in ("pid", "status"):
+        hosts.a.path(f"{jobs.DIRECTORY}/leaderless.{name}").unlink(missing_ok=True)
+    words = f"/usr/bin/python3 {jobs.SOURCES}/threads_and_child.py {jobs.DIRECTORY}/leaderless.status"
+    started = f"{words} </dev/null >/dev/null 2>&1 & echo $! >{jobs.DIRECTORY}/leaderless.pid"
+    hosts.a.run(["setsid", "--wait", "sh", "-c", started])
+    pid = int(hosts.a.path(f"{jobs.DIRECTORY}/leaderless.pid").read_text())
+
+    def counted(host: Host) -> int:
+        number, _, verdict = host.path(f"{jobs.DIRECTORY}/leaderless.status").read_text().partition(" ")
+        assert verdict.strip() == "ok"
+        return int(number)
+
+    def led(host: Host, pid: int) -> list[int]:
+        status = host.path(f"/proc/{pid}/status").read_text()
+        lines = [line.split() for line in status.splitlines() if line.startswith(("NSsid:", "NSpgid:"))]
+        return [int(line[-1]) for line in lines]
+
+    wait_until(hosts.a.path(f"{jobs.DIRECTORY}/leaderless.status").exists, "it counts")
+    before = led(hosts.a, pid)
+    assert pid not in before
+    assert not any(hosts.a.alive(number) for number in before)
+    with taken(hosts.b, before[0]):
+        moved = migrate(pid, hosts.a, hosts.b, [*PATIENT, "--pidns"])
+        assert moved.outcome == "migrated", str(moved)
+    there = outer_pid(moved, pid)
+    assert led(hosts.b, there) == before
+    count = counted(hosts.b)
+    wait_until(lambda: counted(hosts.b) > count + 10, "it goes on")
+    hosts.b.kill(there)

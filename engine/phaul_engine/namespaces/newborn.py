@@ -25,6 +25,7 @@ from phaul_engine.transfer import Runner, Table
 from phaul_engine.user_ids import UserIds, has_own
 
 from . import census, control_groups, user
+from . import pid as pid_namespace
 from .base import NamespaceKind, NewNamespace, kind_named, kinds
 from .below import Below
 from .net import clearing
@@ -210,6 +211,12 @@ class Namespaces:
         """A task was born, into the namespaces of its parent: have it go where it belongs."""
         self.arrive(task, self.go(task.inner_pid, parent, table, run), self._users.get(parent, 0))
 
+    def share(self, init: int) -> None:
+        """The tree gets a pid namespace of its own with this process 1 (`pid`), which has mounts of its own too."""
+        fd = os.open(f"/proc/{init}/ns/mnt", _DESCRIPTORS)
+        self._descriptors.append(fd)
+        self._restoration.scratch[pid_namespace.NAME] = fd
+
     def go(self, pid: int, parent: int, table: Table, run: Runner) -> dict[str, int]:
         """Have a task go where process `pid` of the images belongs. Returned are the namespaces that are new."""
         before, wanted = self._where.get(parent, {}), self.of_task(pid)
@@ -231,7 +238,10 @@ class Namespaces:
         tree's. In the namespaces `new` it is the first."""
         wanted = self.of_task(task.inner_pid)
         self._where[task.inner_pid], self._users[task.inner_pid] = wanted, user
-        self._make(task, new, owners={name: self._below.owner(number) for name, number in new.items()})
+        if "user" in new:
+            _write_maps(task.proc, self.ids(task.inner_pid))
+        owners = {name: self._below.owner(number) for name, number in new.items()}
+        self._make(task, new, root=task.inner_pid == self.root, owners=owners)
         if "pid" in new:
             for kind in kinds():
                 for place in self._of_kind(kind):
@@ -346,6 +356,20 @@ class Namespaces:
             os.close(fd)
         task.root = os.open("root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=task.proc)
         task.net = os.open("ns/net", _DESCRIPTORS, dir_fd=task.proc)
+
+
+def _write_maps(proc: int, ids: user.Ids) -> None:
+    """Of a user namespace that a task has just made."""
+    texts = {"setgroups": b"deny" * ids.deny_groups, "gid_map": ids.gid_map, "uid_map": ids.uid_map}
+    for name, text in texts.items():
+        if text:
+            fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
+            try:
+                os.write(fd, text)
+            except OSError as error:
+                raise RebuildError(f"cannot write the {name} of a user namespace: {error.strerror}") from error
+            finally:
+                os.close(fd)
 
 
 def _same_ids(wanted: user.Ids, proc: int) -> None:

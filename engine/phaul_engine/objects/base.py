@@ -186,10 +186,10 @@ class Restoration:
         numbering: Numbering = self.cache["numbering"]
         return numbering
 
-    def filing(self, act: Callable[[], Made]) -> Made:
+    def filing(self, act: Callable[[], Made], maker: tuple[int, int] | None = None) -> Made:
         """Run `act`, which makes files, as root of the tree's user namespace: file systems that were mounted in it know
-        nobody else (EOVERFLOW)."""
-        root = self.ids.root
+        nobody else (EOVERFLOW). `maker` is whom another one knows (`mounted.maker`)."""
+        root = maker or self.ids.root
         return act() if root == (0, 0) else calls.filing(*root, act)
 
     def discard(self, file_id: int) -> None:

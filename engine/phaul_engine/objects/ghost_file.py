@@ -128,7 +128,8 @@ class _Ghost:
 
 def rebuild(file_id: int, ghost_id: int, restoration: Restoration) -> int:
     """Make the ghost and all descriptions of it; the descriptor of the one asked for."""
-    return restoration.filing(lambda: _rebuild(file_id, ghost_id, restoration))
+    maker = mounted.maker(restoration.entry(file_id).reg.mnt_id, restoration)
+    return restoration.filing(lambda: _rebuild(file_id, ghost_id, restoration), maker)
 
 
 def _rebuild(file_id: int, ghost_id: int, restoration: Restoration) -> int:

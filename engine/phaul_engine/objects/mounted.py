@@ -60,6 +60,9 @@ class Target(Protocol):
     def root_of(self, mount: int) -> int | None:
         """The root of the mount namespace that a mount is in; None if there is no such mount."""
 
+    def maker_of(self, mount: int) -> tuple[int, int] | None:
+        """The user and group of ours that are root to the file system of a mount, if it was made for the tree."""
+
     def hidden(self, file_id: int) -> int | None:
         """A file that no name leads to, as an O_PATH descriptor; None of any other."""
 
@@ -138,6 +141,13 @@ def is_own(mount: int, restoration: Restoration) -> bool:
     was mounted (`confinement.check_mount`)."""
     target: Target | None = restoration.scratch.get(SCRATCH)
     return target is not None and mount > 0 and target.root_of(mount) is not None
+
+
+def maker(mount: int, restoration: Restoration) -> tuple[int, int] | None:
+    """As whom to make files on a mount, for `Restoration.filing`: one that a user namespace below the tree's has made
+    knows nobody else."""
+    target: Target | None = restoration.scratch.get(SCRATCH)
+    return target.maker_of(mount) if target is not None and mount > 0 else None
 
 
 def hidden(file_id: int, restoration: Restoration) -> int | None:

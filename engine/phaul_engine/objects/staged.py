@@ -46,6 +46,7 @@ class Staged:
     name: str
     path: str
     tasks: tuple[SkeletonTask, ...] = ()
+    maker: tuple[int, int] | None = None  # as whom files are made there
 
     def publish(self) -> None:
         """Give the file its name, unless something else has it by now. Doing it twice does no harm."""

@@ -109,13 +109,14 @@ def bind(
         with ExitStack() as failed:
             descriptor = place.directory(restoration)
             failed.callback(os.close, descriptor)
-            inside(restoration, lambda: restoration.filing(lambda: act(descriptor)))
+            maker = mounted.maker(place.mount, restoration)
+            inside(restoration, lambda: restoration.filing(lambda: act(descriptor), maker))
             failed.pop_all()
     except OSError as error:
         advice = f"make the directory {parent} here, as it was at the source" if error.errno == errno.ENOENT else ""
         what = f"cannot bind a unix socket to {path} here: {error.strerror}"
         raise RebuildError(what, advice=advice) from error
-    return staged.Staged(descriptor, staging, base, path, tuple(restoration.tasks.values()))
+    return staged.Staged(descriptor, staging, base, path, tuple(restoration.tasks.values()), maker)
 
 
 def bind_hidden(sock: socket.socket, name: bytes, restoration: Restoration) -> None:

@@ -12,6 +12,7 @@ free at the destination is taken early, since nothing else would reserve it.
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import re
 import select
@@ -265,19 +266,21 @@ class Unix(DescriptorKind):
     def release(self, restoration: Restoration) -> None:
         made = _made(restoration)
 
-        def publish() -> None:
-            while made.staged:
-                made.staged.pop().publish()
+        def publish(maker: tuple[int, int] | None) -> None:
+            for one in [one for one in made.staged if one.maker == maker]:
+                one.publish()
 
-        if made.staged:  # all at once: it may take a thread
-            restoration.filing(publish)
+        for maker in {one.maker for one in made.staged}:  # all at once: it may take a thread
+            restoration.filing(functools.partial(publish, maker), maker)
+        made.staged.clear()
         unix_names.close_hidden(restoration)
 
     def discard(self, restoration: Restoration) -> None:
         """The tree will not run here: remove what was made beside its final place."""
         made = _made(restoration)
         while made.staged:
-            restoration.filing(made.staged.pop().discard)
+            one = made.staged.pop()
+            restoration.filing(one.discard, one.maker)
         unix_names.close_hidden(restoration)
 
 

@@ -178,6 +178,42 @@ def test_a_sandbox_that_other_namespaces_belong_to(tmp_path: Path, flags: tuple[
     _carried(tmp_path, _SANDBOX, *flags)
 
 
+_FILES = """
+def settle():
+    global removed, listener
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+    call("unshare", NEWNS)
+    call("mount", b"tmp", b"/mnt", b"tmpfs", 0, None)
+    removed = open("/mnt/removed", "w+")
+    removed.write("still here")
+    removed.flush()
+    os.unlink("/mnt/removed")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind("/mnt/socket")
+    listener.listen()
+    os.chown("/mnt/socket", 5, 6)
+
+def look():
+    client = socket.socket(socket.AF_UNIX)
+    client.connect("/mnt/socket")
+    listener.accept()[0].send(b"heard")
+    status, inner = os.stat("/mnt/socket"), os.fstat(removed.fileno())
+    found = [client.recv(10).decode(), status.st_uid, status.st_gid, inner.st_uid, inner.st_nlink]
+    return found + [os.pread(removed.fileno(), 100, 0).decode(), os.listdir("/mnt")]
+
+def setup():
+    global child
+    child = Child(enter, settle, "0 1000 10", "0 2000 10")
+"""
+
+
+@_ANYWHERE
+def test_files_that_are_made_on_its_own_file_system(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Which knows no user that has no number in there, as root outside has none."""
+    _carried(tmp_path, _FILES, *flags)
+
+
 _NOBODY = """
 def prepare():
     os.setgroups([5])

@@ -18,12 +18,14 @@ from phaul_engine import catching
 from phaul_engine.errors import RebuildError
 from phaul_engine.images.checkpoint import Checkpoint
 from phaul_engine.images.pb import fdinfo_pb2, mnt_pb2
+from phaul_engine.namespaces import pid as pid_namespace
 from phaul_engine.namespaces.base import NewNamespace
 from phaul_engine.namespaces.inside import InsideError, Worker
 from phaul_engine.numbering import TREE
 from phaul_engine.objects import confinement, places
 from phaul_engine.objects.base import Restoration
 from phaul_engine.objects.mounted import Way
+from phaul_engine.proc.id_map import OVERFLOW
 from phaul_engine.user_ids import UserIds
 
 from . import api, archive, externals, filesystems, making
@@ -78,6 +80,16 @@ class Mounts:
             if mount in built.tree.entries:
                 return built.mounts[built.tree.root.mnt_id]
         return None
+
+    def maker_of(self, mount: int) -> tuple[int, int] | None:
+        """See `objects.mounted`."""
+        self.follow()
+        entry = next((one.tree.entries[mount] for one in self._built.values() if mount in one.tree.entries), None)
+        if entry is None or entry.root_dev not in self._content:
+            return None
+        ids = self._content[entry.root_dev][2]
+        root = ids.user_outside(0), ids.group_outside(0)
+        return None if OVERFLOW in root else root
 
     def hidden(self, file_id: int) -> int | None:
         """A file that is on a mount where no path leads to, as an O_PATH descriptor; None for any other."""
@@ -190,7 +202,7 @@ class Mounts:
                 path = self._path_outside(entry, is_root=built.place.of_root and entry is built.tree.root)
                 what = f"the mount at {os_text(entry.mountpoint)}"
                 confinement.check_mount(self._restoration, path, what)
-                self._workshop.add(entry.root_dev, entry.root, _clone_outside(path, entry))
+                self._workshop.add(entry.root_dev, entry.root, self._clone_outside(path, entry))
         for entry in entries:
             if not self._workshop.has(entry.root_dev, entry.root):
                 missing.setdefault(entry.root_dev, []).append(entry)
@@ -235,6 +247,18 @@ class Mounts:
         if not path:
             raise RebuildError(missing[0], advice=missing[1])
         return externals.place(options, path)
+
+    def _clone_outside(self, path: str, entry: mnt_pb2.mnt_entry) -> int:
+        init: int | None = self._restoration.scratch.get(pid_namespace.NAME)
+        try:
+            if init is not None and filesystems.kind_of(entry) == "proc":  # that of the tree's pid namespace
+                return places.inside({"mnt": init}, lambda: api.clone(path))
+            return api.clone(path)
+        except OSError as error:
+            raise RebuildError(
+                f"cannot mount {path} at {os_text(entry.mountpoint)} of the tree: {error.strerror}",
+                advice="make it here as it was at the source, or name another with --root or --external",
+            ) from error
 
     def _make(self, built: Built, entry: mnt_pb2.mnt_entry, worker: Worker) -> None:
         """Make a file system anew, with what is in it."""
@@ -446,16 +470,6 @@ def _clone_inside(namespace: int, point: bytes) -> int:
     except OSError as error:
         what = f"the runtime has mounted nothing at {os_text(point)} of the container here: {error.strerror}"
         raise RebuildError(what, advice="create the container there with the same options") from error
-
-
-def _clone_outside(path: str, entry: mnt_pb2.mnt_entry) -> int:
-    try:
-        return api.clone(path)
-    except OSError as error:
-        raise RebuildError(
-            f"cannot mount {path} at {os_text(entry.mountpoint)} of the tree: {error.strerror}",
-            advice="make it here as it was at the source, or name another with --root or --external",
-        ) from error
 
 
 def _guess_removed(entry: mnt_pb2.mnt_entry, built: Built) -> None:
