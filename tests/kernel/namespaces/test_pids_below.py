@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import which
 
 import pytest
 from phaul_engine.errors import BlockedError
@@ -92,6 +93,8 @@ _FLAGS = {
     "container": ("--pid", "--mount-proc"),
     "user": ("--pid", "--user", "--map-root-user", "--mount-proc", "--cgroup"),
 }
+_NO_GROUPS = ("--pid", "--user", "--map-root-user", "--mount-proc")
+"""Who is in there sees the host's cgroups, and may not mount them."""
 _ANYWHERE = pytest.mark.parametrize("flags", _FLAGS.values(), ids=_FLAGS)
 
 _SANDBOX = """
@@ -439,3 +442,45 @@ def test_those_that_belong_to_a_user_namespace_that_nobody_is_in(tmp_path: Path,
         "signal.pause()\n        except", "os.execv('/bin/sleep', ['sleep', '600'])\n        except"
     )
     _carried(tmp_path, text, *flags)
+
+
+_INSIDE = """
+import os, socket, sys
+def look():
+    found = [os.getpid(), os.getppid(), os.getresuid(), os.getgroups(), sorted(os.listdir("/dev"))]
+    found.append(socket.gethostname())
+    found += [open("/proc/self/" + name).read() for name in ("uid_map", "gid_map", "setgroups", "cgroup")]
+    found.append([line for line in open("/proc/self/status") if line.startswith(("Cap", "NoNew", "Seccomp:"))])
+    found.append(sorted(line.split()[4] for line in open("/proc/self/mountinfo")))
+    return found + [sorted(name for name in os.listdir("/proc") if name.isdigit()), open("/tmp/file").read()]
+open("/tmp/file", "w").write("text")
+before = look()
+os.write(1, b"!")
+while os.read(0, 1):
+    now = look()
+    os.write(1, repr([pair for pair in zip(before, now) if pair[0] != pair[1]]).encode())
+"""
+_BUBBLEWRAP = """
+class Bubble(Child):
+    def __init__(self, *options):
+        (asked, self.ask), (self.told, tell) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.dup2(asked, 0)
+            os.dup2(tell, 1)
+            words = ["bwrap", "--unshare-all", *options, "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev"]
+            os.execvp("bwrap", [*words, "--tmpfs", "/tmp", sys.executable, "-I", "-S", "-c", INSIDE])
+        os.close(asked)
+        os.close(tell)
+        self.expect(b"!")
+
+def setup():
+    global children
+    children = [Bubble(), Bubble("--uid", "0", "--gid", "0", "--hostname", "bubble")]
+"""
+
+
+@pytest.mark.skipif(not which("bwrap"), reason="there is no bwrap (Debian's bubblewrap)")
+@pytest.mark.parametrize("flags", [*_FLAGS.values(), _NO_GROUPS], ids=(*_FLAGS, "user without cgroups"))
+def test_bubblewrap(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    _carried(tmp_path, f"INSIDE = {_INSIDE!r}\n{_BUBBLEWRAP}", *flags)

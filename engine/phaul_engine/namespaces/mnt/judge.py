@@ -79,8 +79,8 @@ def narrowed(place: str, mounts: list[Mount]) -> Mount:
 
 class Judge:
     """Decides about the mounts of one namespace. `inodes` are those of the roots of mounts that can be reached; `lower`
-    says that it belongs to a user namespace below the tree's, whose root can mount less; `own_groups`, that those who
-    are in it have a cgroup namespace of their own."""
+    says that it belongs to a user namespace below the tree's, whose root can mount less. If those who are in it
+    have a cgroup namespace of their own, `roots` are the roots of mounts of cgroups as the engine's names them."""
 
     def __init__(
         self,
@@ -93,10 +93,11 @@ class Judge:
         collection: Collection,
         *,
         lower: bool,
-        own_groups: bool,
+        roots: Mapping[int, bytes] | None,
     ) -> None:
         self._lower = lower
-        self._own_groups = own_groups
+        self._own_groups = roots is not None
+        self._roots = roots or {}
         self._tree = tree
         self._mounts = mounts
         self._host = host
@@ -157,7 +158,8 @@ class Judge:
     def _found(self, entry: mnt_pb2.mnt_entry, *, of_root: bool) -> bool:
         if entry.deleted:
             return False
-        path = self._host.path(self._device(entry), entry.root, self._inodes.get(entry.mnt_id))
+        root = self._roots.get(entry.mnt_id, entry.root)
+        path = self._host.path(self._device(entry), root, self._inodes.get(entry.mnt_id))
         if not path:
             return False
         of_runtime = of_root and externals.MOUNTED in self._collection.options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -171,14 +171,20 @@ class _Reader:
             self._namespaces[name] = access.open_at(view.owner.proc, f"ns/{name}")
             stack.callback(os.close, self._namespaces[name])
 
-    @property
-    def cgroups(self) -> int:
-        """The cgroup namespace of who is in it."""
-        return self._namespaces["cgroup"]
-
     def mounts(self) -> bytes:
         """Its mountinfo, from the root of the namespace."""
-        return places.inside(self._namespaces, lambda: access.read_bytes(self._proc, "thread-self/mountinfo"))
+        return self._read_mounts(self._namespaces)
+
+    def roots_of_cgroups(self) -> dict[int, bytes] | None:
+        """The roots of its mounts of cgroups as our own cgroup namespace names them, by number; None if it has no other
+        cgroup namespace."""
+        if places.same_namespace(self._namespaces["cgroup"], "cgroup"):
+            return None
+        mounts = parse_mounts(self._read_mounts({"mnt": self._namespaces["mnt"]}))
+        return {one.id: os.fsencode(one.root) for one in mounts if one.fstype in ("cgroup", "cgroup2")}
+
+    def _read_mounts(self, namespaces: Mapping[str, int]) -> bytes:
+        return places.inside(namespaces, lambda: access.read_bytes(self._proc, "thread-self/mountinfo"))
 
     def clones(self, tree: MountTree, entries: Iterable[mnt_pb2.mnt_entry]) -> dict[int, int]:
         """Mounts of the same as those, with nothing on them, attached nowhere: by number, to be closed with all."""
@@ -227,9 +233,8 @@ def _look(view: NamespaceView, reader: _Reader, text: bytes, now: Pass, collecti
     tree = MountTree(make_entry(mount, _options(mount, ids, now.host)) for mount in mounts.values())
     blockers = len(collection.blockers)
     inodes = places.inside(reader._namespaces, lambda: _inodes(tree))
-    groups = not places.same_namespace(reader.cgroups, "cgroup")
     arguments = tree, mounts, now.host, now.known, inodes, ids, collection
-    judge = Judge(*arguments, lower=bool(view.above), own_groups=groups)
+    judge = Judge(*arguments, lower=bool(view.above), roots=reader.roots_of_cgroups())
     judge.decide(str(view), of_root=view.of_root)
     if view.spaces:
         _tell_processes(view, tree, reader, now, collection)
