@@ -200,9 +200,6 @@ def cannot(facts: Facts) -> Iterator[Finding]:
     if policy not in _RESTARTS:
         text = f"--restart={policy}: podman would start it here again when it has moved"
         yield Finding("blocker", "podman-restart", text, "create it without; a unit of systemd can start it instead")
-    if host.get("AutoRemove"):
-        text = "--rm: podman removes the container wherever it ends, as here when it has moved"
-        yield Finding("blocker", "podman-rm", text, "create it without")
     if (config.get("Healthcheck") or {}).get("Test", ["NONE"])[:1] != ["NONE"]:
         text = "podman runs health checks in it, on the other host too while it is being moved there"
         yield Finding("blocker", "podman-health", text, "create it with --no-healthcheck")

@@ -244,8 +244,11 @@ def _other_place(one: Attachment, own: Attachment, container: str) -> list[Findi
         text, advice = f"the container there is not {where}", f"there: {_connecting(one, container)}"
     elif set(own.chosen) != set(one.addresses):
         text, advice = f"the container there has other addresses {where}: {addresses}, here {wanted}", again
-    elif (own.device, own.aliases) != (one.device, one.aliases):
-        names, others = (" ".join([each.device, *each.aliases]) for each in (own, one))
+    elif own.device != one.device:  # podman numbers those of several networks in any order
+        text = f"the container there is {where} as {own.device}, here as {one.device}"
+        advice = f"create it there with --network {one.name}:interface_name={one.device}, and the like for the others"
+    elif own.aliases != one.aliases:
+        names, others = (", ".join(each.aliases) or "no other name" for each in (own, one))
         text, advice = f"the container there is {where} as {names}, here as {others}", again
     elif other := _holder(one, container):
         text, advice = f"the container {other} there has its address {where}", "stop that one"

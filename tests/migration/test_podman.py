@@ -96,6 +96,22 @@ def test_a_migration_that_is_undone_leaves_it_as_it_was(hosts: Hosts, container:
     container.goes_on(hosts.b)
 
 
+def test_one_that_is_removed_when_it_ends(hosts: Hosts) -> None:
+    """Here when it has gone, there when it ends; or there when it has not come."""
+    with _running(Container(hosts, ["--rm"])) as one:
+        with fault(hosts.b, "destination before send READY: error"):
+            assert one.move(hosts.a, "--ship", "missing").outcome == "stayed"
+        assert one.names(hosts.b) == []
+        one.create(hosts.b)
+        migration = one.move(hosts.a, "--ship", "missing")
+        assert migration.outcome == "migrated", str(migration)
+        one.goes_on(hosts.b)
+        assert one.inside(hosts.b, "cat", "/made/file") == "early"
+        assert one.names(hosts.a) == []
+        hosts.b.run(["podman", "stop", "--time", "5", one.name])
+        wait_until(lambda: one.names(hosts.b) == [], "it is removed")
+
+
 def test_one_that_writes_to_a_volume_only(hosts: Hosts) -> None:
     """Nothing is sent: both hosts see the volume, and what it has in memory file systems comes along."""
     with _running(Container(hosts, ["--user", "4242", "--security-opt", "no-new-privileges"], volume=True)) as one:
@@ -173,6 +189,47 @@ def test_one_on_podmans_own_network(hosts: Hosts, backend: str) -> None:
     assert "0% packet loss" in one.inside(hosts.b, "ping", "-c", "1", hosts.client.address), "through its gateway"
     hosts.b.run(["podman", "stop", "--time", "5", one.name])
     assert _leftover(hosts.b) == []
+    one.tear_down()
+
+
+@_backends
+@pytest.mark.timeout(600)
+def test_one_on_several_networks_with_ipv6_and_aliases(hosts: Hosts, bridges: None, backend: str) -> None:
+    one = Container(hosts, network=f"{LAN}:ip={ADDRESS},mac={MAC},interface_name=eth0", backend=backend)
+    one.set_up()
+    subnets = ["--subnet", "10.99.0.0/24", "--ipv6", "--subnet", "fd99::/64"]
+    for host in (hosts.a, hosts.b):
+        host.run(["podman", "network", "create", *subnets, "--disable-dns", "back"])
+    place = "back:ip=10.99.0.9,ip6=fd99::9,mac=02:77:00:00:00:51,interface_name=eth1"
+    one.create(hosts.b, options=["--network", place])
+    one.create(hosts.a, options=["--network", f"{place},alias=db"])
+    one.start(hosts.a)
+    client = start_echo_client(hosts.client, ADDRESS)
+    client.goes_on("requests", 20.0)
+    finding = _blocker(one.move(hosts.a, "--ship", "missing"))
+    assert "on the network back as no other name, here as db" in finding["text"], finding
+    for command in finding["advice"].removeprefix("there: ").split(", and "):
+        hosts.b.run(command.split())
+    for source, destination in ((hosts.a, hosts.b), (hosts.b, hosts.a)):
+        before = _routes(one, source)
+        migration = one.move(source, "--ship", "missing")
+        assert migration.outcome == "migrated", str(migration)
+        one.goes_on(destination)
+        client.goes_on("requests", 20.0)
+        assert _routes(one, destination) == before
+        networks = one.told(destination)["NetworkSettings"]["Networks"]
+        assert networks[LAN]["IPAddress"] == ADDRESS
+        assert "db" in networks["back"]["Aliases"]
+        back = [networks["back"][key] for key in ("IPAddress", "GlobalIPv6Address", "MacAddress")]
+        assert back == ["10.99.0.9", "fd99::9", "02:77:00:00:00:51"]
+        assert {f"inet {ADDRESS}/24", "inet 10.99.0.9/24", "inet6 fd99::9/64"} <= _pairs(
+            one.inside(destination, "ip", "addr")
+        )
+        for address in ("10.99.0.9", "fd99::9"):
+            said = destination.run([BUSYBOX, "ping", "-c", "1", address]).stdout
+            assert " 0% packet loss" in said, "over the bridge"
+        assert _leftover(source) == []
+    client.finish()
     one.tear_down()
 
 
@@ -257,6 +314,10 @@ def _greeting(client: Host, host: Host) -> str:
     """What is answered at the published port of a host."""
     script = f"printf hello | timeout 10 {BUSYBOX} nc -w 5 {host.address} {PORT}"
     return client.run(["sh", "-c", script], check=False).stdout
+
+
+def _routes(one: Container, host: Host) -> list[str]:
+    return sorted(line for kind in ("-4", "-6") for line in one.inside(host, "ip", kind, "route").splitlines())
 
 
 def _is_made(host: Host) -> bool:

@@ -144,6 +144,10 @@ class Container:
         """running, exited, created, ..."""
         return str(self.told(host)["State"]["Status"])
 
+    def names(self, host: Host) -> list[str]:
+        """The containers that a host has, whether they run or not."""
+        return host.run(["podman", "ps", "--all", "--format", "{{.Names}}"]).stdout.split()
+
     def inside(self, host: Host, *words: str) -> str:
         """What a command of busybox says that podman runs in it."""
         return host.run(["podman", "exec", self.name, BUSYBOX, *words]).stdout.strip()

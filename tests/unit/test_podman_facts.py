@@ -82,7 +82,6 @@ def test_the_command_that_creates_one_like_it() -> None:
         ({"PidMode": "host"}, "podman-namespaces"),
         ({"IpcMode": "container:abc"}, "podman-namespaces"),
         ({"UsernsMode": "private"}, "podman-namespaces"),
-        ({"AutoRemove": True}, "podman-rm"),
         ({"RestartPolicy": {"Name": "always"}}, "podman-restart"),
     ],
 )

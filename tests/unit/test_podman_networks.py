@@ -94,6 +94,15 @@ def test_addresses_that_podman_would_make_up(podman: _Podman) -> None:
     assert _told(facts) == []
 
 
+def test_a_device_of_another_name(podman: _Podman) -> None:
+    podman.choose(*_ADDRESSES)
+    facts = _facts()
+    podman.chosen |= {"interface_name": "eth1"}
+    ((text, advice),) = _told(facts)
+    assert text == "the container there is on the network podman as eth1, here as eth0"
+    assert "--network podman:interface_name=eth0" in advice
+
+
 @pytest.mark.parametrize(
     ("network", "words"),
     [
