@@ -6,6 +6,7 @@ import pytest
 
 from tests.hosts import Host
 from tests.hosts.migrate import Migration, migrate
+from tests.migration import test_trees as trees
 from tests.migration.conftest import Mover
 from tests.subjects import jobs
 from tests.subjects.jobs import Job
@@ -23,8 +24,12 @@ def _start(host: Host, flags: list[str]) -> tuple[Job, int]:
         f"{jobs.DIRECTORY}/contained.status",
     ]
     job = jobs.start(host, "contained", ["unshare", *flags, "--fork", *subject])
-    children = host.path(f"/proc/{job.pid}/task/{job.pid}/children").read_text()
-    return job, int(children)
+    return job, _first(job)
+
+
+def _first(job: Job) -> int:
+    """Process 1 of a container that unshare(1) has made, as its host counts."""
+    return int(job.host.path(f"/proc/{job.pid}/task/{job.pid}/children").read_text())
 
 
 def _moved(migration: Migration) -> int:
@@ -47,3 +52,15 @@ def test_a_container_moves_there_and_back(mover: Mover, flags: list[str]) -> Non
         job.host = destination
         job.goes_on()
     hosts.a.run(["kill", "-9", str(pid)])
+
+
+def test_a_sandbox_of_bubblewrap_in_a_container(mover: Mover) -> None:
+    hosts = mover.hosts
+    around = ["unshare", "--uts", "--ipc", "--pid", "--cgroup", "--mount-proc", "--fork", "setsid", *trees.BUBBLEWRAP]
+    with trees.running(hosts.a, trees.FORK + trees.IN_BUBBLEWRAP, around=around) as job:
+        pid = _first(job)
+        for source, destination in ((hosts.a, hosts.b), (hosts.b, hosts.a)):
+            pid = _moved(migrate(pid, source, destination, _PATIENT))
+            job.host = destination
+            job.goes_on()
+        hosts.a.run(["kill", "-9", str(pid)])

@@ -30,7 +30,7 @@ def stat(pid):
         state, *numbers = file.read().rpartition(")")[2].split()[:4]
     return state, *map(int, numbers)
 """
-_FORK = """
+FORK = """
 def fork(count, depth):
     pid = os.fork()
     if pid == 0:
@@ -43,7 +43,7 @@ def fork(count, depth):
         os._exit(1)
 """
 FORKER = (
-    _FORK
+    FORK
     + """
 count = 0
 while True:
@@ -53,7 +53,7 @@ while True:
 """
 )
 SANDBOX = (
-    _FORK
+    FORK
     + """
 def sandbox():
     assert libc.unshare(0x10000000) == 0  # CLONE_NEWUSER
@@ -80,7 +80,7 @@ while True:
 """
 )
 NUMBERS = (
-    _FORK
+    FORK
     + """
 def sandbox():
     before, count = look(), 0
@@ -124,9 +124,14 @@ before, count = look(), 0
 while True:
     count += 1
     fork(count, 1)
+    time.sleep(0.02)
     now = look()
     tell(count, "ok" if now == before else f"wrong: {now} after {before}")
 """
+BUBBLEWRAP = (
+    *("bwrap", "--unshare-all", "--ro-bind", "/", "/", "--bind", "/srv", "/srv"),
+    *("--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"),
+)
 EXECUTER = """
 count = int(sys.argv[1]) + 1
 assert os.environ["STEPS"] == str(count - 1)
@@ -291,8 +296,7 @@ def test_a_sandbox_of_bubblewrap(mover: Mover, user: list[str]) -> None:
     """An ordinary user's has two user namespaces: nobody is in the outer one, which the others belong to."""
     where = mover.hosts.a
     where.path("/srv/shared").chmod(0o777)
-    binds = ["--ro-bind", "/", "/", "--bind", "/srv", "/srv", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
-    with running(where, _FORK + IN_BUBBLEWRAP, around=[*user, "bwrap", "--unshare-all", *binds]) as job:
+    with running(where, FORK + IN_BUBBLEWRAP, around=[*user, *BUBBLEWRAP]) as job:
         try:
             for _ in range(2):
                 migration = mover.try_to_move(job.pid, where, PATIENT)
