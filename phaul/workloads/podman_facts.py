@@ -19,6 +19,7 @@ Facts: TypeAlias = dict[str, Any]
 """One container, as podman tells of it in JSON."""
 
 PATIENCE = 30.0  # seconds for a command
+_SYSTEMD = "/run/systemd/system"  # is there if it is the host's init
 _UNKNOWN = "no such container"  # in what podman says where it knows none
 _NEVER = "0001-01-01T00:00:00Z"  # when one was started that never was
 _RESTARTS = ("", "no", "never")
@@ -190,9 +191,16 @@ def creation(facts: Facts) -> str:
     return shlex.join(["podman", *words[1:index], "create", *rest])
 
 
+def _is_checked(facts: Facts) -> bool:
+    """Whether health checks are run in it by themselves: timers of systemd do that, where it is (sd_booted(3))."""
+    check = facts["Config"].get("Healthcheck") or {}
+    is_none = check.get("Test", ["NONE"])[:1] == ["NONE"]
+    return not is_none and bool(check.get("Interval")) and os.path.isdir(_SYSTEMD)
+
+
 def cannot(facts: Facts) -> Iterator[Finding]:
     """What makes a container that does not move."""
-    config, host = facts["Config"], facts["HostConfig"]
+    host = facts["HostConfig"]
     if facts.get("Pod") or facts.get("IsInfra") or facts.get("Dependencies"):
         text = "it is in a pod, or in namespaces of another container"
         yield Finding("blocker", "podman-pod", text, "run it by itself: pods move as a whole, which phaul cannot yet")
@@ -200,9 +208,9 @@ def cannot(facts: Facts) -> Iterator[Finding]:
     if policy not in _RESTARTS:
         text = f"--restart={policy}: podman would start it here again when it has moved"
         yield Finding("blocker", "podman-restart", text, "create it without; a unit of systemd can start it instead")
-    if (config.get("Healthcheck") or {}).get("Test", ["NONE"])[:1] != ["NONE"]:
-        text = "podman runs health checks in it, on the other host too while it is being moved there"
-        yield Finding("blocker", "podman-health", text, "create it with --no-healthcheck")
+    if _is_checked(facts):
+        text = "systemd has podman run health checks in it, on the other host too while it is being moved there"
+        yield Finding("blocker", "podman-health", text, "create it with --health-interval=disable or --no-healthcheck")
     if host["NetworkMode"] not in _NETWORKS:
         text = f"--network {host['NetworkMode']}: its network is none that podman there could set up by itself"
         yield Finding("blocker", "podman-network", text, "create it on a network of driver bridge, with none, or host")

@@ -113,14 +113,19 @@ def test_one_that_is_removed_when_it_ends(hosts: Hosts) -> None:
 
 
 def test_one_that_writes_to_a_volume_only(hosts: Hosts) -> None:
-    """Nothing is sent: both hosts see the volume, and what it has in memory file systems comes along."""
-    with _running(Container(hosts, ["--user", "4242", "--security-opt", "no-new-privileges"], volume=True)) as one:
+    """Nothing is sent: both hosts see the volume, and what it has in memory file systems comes along. Its health is
+    checked there, too, where somebody asks."""
+    options = ["--user", "4242", "--security-opt", "no-new-privileges"]
+    options += ["--health-cmd", f'["{BUSYBOX}","grep","running","/data/heap.status"]', "--health-interval", "disable"]
+    with _running(Container(hosts, options, volume=True)) as one:
         one.inside(hosts.a, "sh", "-c", "for i in tmp dev/shm; do echo memory > /$i/file; done")
         migration = one.move(hosts.a)
         assert migration.outcome == "migrated", str(migration)
         one.goes_on(hosts.b)
         assert one.inside(hosts.b, "cat", "/tmp/file", "/dev/shm/file").split() == ["memory"] * 2
         assert one.inside(hosts.b, "id", "-u") == "4242"
+        hosts.b.run(["podman", "healthcheck", "run", one.name])
+        assert one.told(hosts.b)["State"]["Health"]["Status"] == "healthy"
 
 
 @pytest.fixture

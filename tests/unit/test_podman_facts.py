@@ -95,9 +95,21 @@ def test_more_that_cannot_move() -> None:
         ({"Pod": "abc"}, "podman-pod"),
         ({"OCIRuntime": "crun"}, "podman-runtime"),
         ({"GraphDriver": {"Name": "vfs", "Data": None}}, "podman-storage"),
-        ({"Config": {"Healthcheck": {"Test": ["CMD", "true"]}}}, "podman-health"),
     ):
         assert [one.check for one in podman_facts.cannot(_container() | change)] == [check]
+
+
+def test_health_checks_that_systemd_would_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def checked(**check: Any) -> list[str]:
+        told = _container()
+        told["Config"] |= {"Healthcheck": {"Test": ["CMD", "true"], "Interval": 30_000_000_000, **check}}
+        return [one.check for one in podman_facts.cannot(told)]
+
+    monkeypatch.setattr(podman_facts, "_SYSTEMD", str(tmp_path))
+    assert checked() == ["podman-health"]
+    assert checked(Interval=0) == checked(Test=["NONE"]) == []
+    monkeypatch.setattr(podman_facts, "_SYSTEMD", str(tmp_path / "none"))
+    assert checked() == []
 
 
 def _facts(**changes: Any) -> dict[str, Any]:
