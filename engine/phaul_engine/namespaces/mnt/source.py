@@ -147,6 +147,14 @@ def collect(view: NamespaceView, collection: Collection) -> None:
     now.trees.update((member.pid, seen.tree) for member in view.members)
 
 
+def _top(mountinfo: bytes) -> int:
+    """The number of the mount at the root that nothing else is mounted on there."""
+    lines = (line.split(b" ", 5) for line in mountinfo.splitlines())
+    parents = {int(line[0]): int(line[1]) for line in lines if line[4] == b"/"}
+    (top, *_) = parents.keys() - parents.values() or {-1}
+    return top
+
+
 def _number(device: int) -> int:
     """A device as images have it."""
     return os.major(device) << 20 | os.minor(device)
@@ -184,6 +192,13 @@ class _Reader:
         return {one.id: os.fsencode(one.root) for one in mounts if one.fstype in ("cgroup", "cgroup2")}
 
     def _read_mounts(self, namespaces: Mapping[str, int]) -> bytes:
+        """What a process there has, if its root is that of the namespace; else no process but one that goes there."""
+        owner = self.view.owner
+        if access.read_link(owner.proc, "root") == "/":
+            others = {name: fd for name, fd in namespaces.items() if name != "mnt"}
+            found = places.inside(others, lambda: access.read_bytes(owner.proc, "mountinfo"))
+            if _top(found) == calls.mount_id(owner.root):
+                return found
         return places.inside(namespaces, lambda: access.read_bytes(self._proc, "thread-self/mountinfo"))
 
     def clones(self, tree: MountTree, entries: Iterable[mnt_pb2.mnt_entry]) -> dict[int, int]:
