@@ -43,7 +43,7 @@ _SHARED_BY_THREADS = (
 def judge_tree(members: Sequence[Member], collection: Collection) -> None:
     """Put into `collection.blockers` what the tree as a whole cannot be moved with."""
     living = [member for member in members if not member.process.zombie]
-    _judge_sessions(living, collection)
+    _judge_sessions(living, {member.owner.inner_pid for member in members}, collection)
     _judge_terminals(living, collection)
     _judge_sharing(living, collection)
     _judge_descent(collection)
@@ -55,8 +55,8 @@ def judge_tree(members: Sequence[Member], collection: Collection) -> None:
         _judge_vdso(member, collection)
 
 
-def _judge_sessions(members: Sequence[Member], collection: Collection) -> None:
-    inside = {member.owner.inner_pid for member in members}
+def _judge_sessions(members: Sequence[Member], inside: set[int], collection: Collection) -> None:
+    """Sessions and groups are led from inside, if only by a zombie; or by nobody any more."""
     if _is_shell_job(collection):
         return
     for member in members:

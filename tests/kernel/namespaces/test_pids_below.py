@@ -278,6 +278,45 @@ def test_the_dead_of_a_sandbox(tmp_path: Path, flags: tuple[str, ...]) -> None:
     _carried(tmp_path, _DEAD, *flags)
 
 
+_LEADERS = """
+def setup():
+    # A process in a session whose leader is dead, but not reaped: here, and in a sandbox.
+    global children
+    call("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    leave()
+    children = [born(leave)]
+
+def leave():
+    ready, tell = os.pipe()
+    leader = os.fork()
+    if leader == 0:
+        os.setsid()
+        if os.fork() == 0:
+            while os.getppid() == os.getsid(0):
+                time.sleep(0.01)
+            os.write(tell, b"!")
+            signal.pause()
+        os._exit(3)
+    os.read(ready, 1)
+
+seen = look
+def look():
+    found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+    return seen() + [found.si_pid, found.si_status, len(open("/proc/thread-self/children").read().split())]
+
+def check():
+    children[0].check()
+    dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT).si_pid
+    led = [pid for pid in map(int, open("/proc/thread-self/children").read().split()) if os.getsid(pid) == dead]
+    assert len(led) == 2, led
+"""
+
+
+@_ANYWHERE
+def test_sessions_whose_leaders_are_zombies(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    _carried(tmp_path, _LEADERS, *flags)
+
+
 _GROUPS = """
 def setup():
     # A job of two processes: the second makes a sandbox, in which nobody sees the group's leader.
@@ -484,3 +523,29 @@ def setup():
 @pytest.mark.parametrize("flags", [*_FLAGS.values(), _NO_GROUPS], ids=(*_FLAGS, "user without cgroups"))
 def test_bubblewrap(tmp_path: Path, flags: tuple[str, ...]) -> None:
     _carried(tmp_path, f"INSIDE = {_INSIDE!r}\n{_BUBBLEWRAP}", *flags)
+
+
+_ZOMBIE_OF_GROUP = """
+def setup():
+    # A job whose first process has ended, but is not reaped.
+    global children, leader
+    leader = os.fork()
+    if leader == 0:
+        os.setpgid(0, 0)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(4)
+    os.waitid(os.P_PID, leader, os.WSTOPPED)
+    children = [Child(lambda: os.setpgid(0, leader))]
+    os.kill(leader, signal.SIGCONT)
+    os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT)
+
+def check():
+    children[0].check()
+    assert os.getpgid(children[0].pid) == leader
+    assert os.waitid(os.P_PID, leader, os.WEXITED | os.WNOWAIT).si_status == 4
+"""
+
+
+@_ANYWHERE
+def test_a_group_whose_leader_is_a_zombie(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    _carried(tmp_path, _ZOMBIE_OF_GROUP, *flags)
