@@ -175,9 +175,8 @@ async def stdio() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     reader = asyncio.StreamReader()
     try:
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin.buffer)
-        transport, protocol = await loop.connect_write_pipe(
-            lambda: asyncio.streams.FlowControlMixin(loop=loop),
-            sys.stdout.buffer,
+        transport, protocol = await loop.connect_write_pipe(  # the protocol that tells when all is written
+            lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader()), sys.stdout.buffer
         )
     except ValueError as error:
         raise PhaulError("an agent speaks through pipes: it is started by phaul, not by hand") from error

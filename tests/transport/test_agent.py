@@ -64,6 +64,16 @@ def test_check_of_a_host_without_phaul_is_12(server: Server) -> None:
     assert done.stdout == ""
 
 
+def test_an_agent_that_is_left_ends_quietly() -> None:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([PHAUL, "agent", "--stdio"], stdin=pipe, stdout=pipe, stderr=pipe) as agent:
+        assert agent.stdin
+        assert agent.stdout
+        agent.stdin.write(agent.stdout.readline())  # what it says of itself could be said by any other
+        assert agent.communicate(timeout=60)[1] == b""
+    assert agent.returncode == 0
+
+
 Act = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
