@@ -261,6 +261,12 @@ def test_a_bridge_that_netavark_would_remove(hosts: Hosts) -> None:
         with fault(hosts.a, "destination before send READY: error"):
             assert one.move(hosts.b).outcome == "stayed"
         assert _leftover(hosts.a) == []
+        with fault(hosts.a, "destination before send READY: kill"):
+            assert one.move(hosts.b).outcome == "stayed"
+        wait_until(lambda: one.state(hosts.a) == "exited", "podman has cleared it away", 20.0)
+        wait_until(lambda: " ph" not in hosts.a.run(["ip", "-o", "link"]).stdout, "the bridge is not kept", 20.0)
+        for log in hosts.a.path("/run/phaul").glob("*.log"):  # of an agent that was killed
+            log.unlink()
         assert "0% packet loss" in one.inside(hosts.b, "ping", "-c", "1", hosts.client.address), "through its gateway"
         hosts.b.run(["podman", "stop", "--time", "5", one.name])
         assert _leftover(hosts.b) == []
