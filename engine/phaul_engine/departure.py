@@ -187,6 +187,7 @@ class Departure:
         files too go to where they are stored."""
         if flush:
             self.flush_files()
+        self._forget_anew()
         for space in self._spaces.values():
             with contextlib.suppress(GoneError), self._standing(space, needed=number > 0):
                 for extents in self._scan(space, clear=True):
@@ -271,6 +272,7 @@ class Departure:
 
     def send_last(self, number: int) -> None:
         """Send what changed since the last round, and nothing will change again."""
+        self._forget_anew()
         for space in self._spaces.values():
             whole = not space.sent or space.lost or space.tracker.needs_stop
             changed = Extents()  # guard pages among what changed: the others are where they were
@@ -355,10 +357,14 @@ class Departure:
                 old, new = (areas_of(images.one("mm", inner_pid)) for images in (told, self._told))
                 space.anew = sorted({*space.anew, *made_anew(old, new)})
 
+    def _forget_anew(self) -> None:
+        """What the destination has made anew was never sent: to be said before a round sends anything."""
+        for space in self._spaces.values():
+            for start, end in space.anew:
+                self.page_source.forget(space.number, start, end)
+
     def _scan(self, space: _Space, *, clear: bool) -> Iterator[Extents]:
         """What is to be sent of an address space."""
-        for start, end in space.anew:
-            self.page_source.forget(space.number, start, end)
         return space.tracker.scan(clear=clear, first=not space.sent, again=space.lost, anew=space.anew)
 
     def _follow_tree(self, collection: Collection) -> None:

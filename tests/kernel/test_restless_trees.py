@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from phaul_engine import calls
 from phaul_engine.departure import Departure
 from phaul_engine.errors import GoneError
 from phaul_engine.images.checkpoint import Checkpoint
+from phaul_engine.memory import objects
 from phaul_engine.proc.access import looking
 from phaul_engine.target import Asking, Tracer
 
 from phaul import facts
+from tests.page_streams import TIMEOUT, page_pair
 from tests.subjects.programs import wait_until
 
 _SURVEYS = 8
@@ -191,3 +194,49 @@ def _holders(checkpoint: Checkpoint, name: bytes) -> list[int]:
     ids = [record.message.id for record in checkpoint.records("files") if record.message.reg.name.endswith(name)]
     held = [one.message.id for table in checkpoint.idents("fdinfo") for one in checkpoint.records("fdinfo", table)]
     return [held.count(number) for number in ids]
+
+
+_GROWING = """
+import mmap, os, sys, time
+name = "child" if os.fork() == 0 else "parent"
+open(f"{sys.argv[1]}/{name}.begun", "w").close()
+while not os.path.exists(sys.argv[1] + "/grow"): time.sleep(0.01)
+new = mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+new.write(os.urandom(1 << 20))
+open(f"{sys.argv[1]}/{name}.grown", "w").close()
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_processes_that_have_all_got_new_areas(tmp_path: Path) -> None:
+    """The pages of one are not sent yet when those of the next begin."""
+    quiet = subprocess.DEVNULL
+    command = [sys.executable, "-c", _GROWING, str(tmp_path)]
+    with subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True) as process:
+        try:
+            wait_until(lambda: len(list(tmp_path.glob("*.begun"))) == 2, "both begin")
+            with ExitStack() as stack:
+                departure = stack.enter_context(Departure(stack.enter_context(Tracer()), process.pid))
+                source, sink = page_pair(1)
+                stack.callback(source.close)
+                stack.callback(sink.close)
+                for pid in departure.survey(timeout_ms=8000).inner_pids.values():
+                    file = os.memfd_create("image")
+                    stack.callback(os.close, file)
+                    sink.add_image(objects.address_space(pid), file)
+                departure.connect(source)
+                sink.allow(1)
+                departure.send_round(0)
+                sink.wait(0, TIMEOUT)
+                (tmp_path / "grow").touch()
+                wait_until(lambda: len(list(tmp_path.glob("*.grown"))) == 2, "both grow")
+                departure.survey(timeout_ms=8000)
+                before = source.statistics().pages_data
+                source.set_bandwidth(1 << 20)
+                departure.send_round(1)
+                source.set_bandwidth(0)
+                sink.wait(1, TIMEOUT)
+                assert source.statistics().pages_data - before >= 2 * 256
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
