@@ -188,9 +188,9 @@ class SwitchoverStarted(Event, name="switchover-started"):
 
 @dataclass(frozen=True)
 class Phase(Event, name="phase"):
-    """A phase of the downtime is over: freeze, last scan, collect, send, last pages at the source; areas, pages,
-    objects, park, detach, claim (with an arbiter), resume at the destination. The two sides work at the same time for a
-    part of it."""
+    """A phase of the downtime is over: freeze, ask, last scan, collect, send, last pages at the source; areas,
+    pages, objects, park, detach, claim (with an arbiter), resume at the destination. The two sides work at the same
+    time for a part of it."""
 
     phase: str
     ms: float

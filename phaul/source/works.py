@@ -433,6 +433,7 @@ class SourceWorks:
             if same:
                 if not (self._orders.verify or self.haul.active):
                     self._departure.begin_collect()
+                    phases.over("ask")
                 self._send_last()
                 phases.over("last scan")
             if self.haul.active:
@@ -449,10 +450,9 @@ class SourceWorks:
             phases.over("last pages")
 
     def _collect(self, timeout: float) -> Checkpoint:
-        hold = self._cgroup
-        if hold is None or self.journal is None:
+        hold, journal = self._cgroup, self.journal
+        if hold is None or journal is None:
             raise EngineError("the tree has no cgroup to be frozen in")
-        journal = self.journal
 
         def seal(collection: Collection) -> None:
             pids = self._departure.frozen_pids()
