@@ -479,6 +479,22 @@ follow (struct hunt *hunt, struct ph_error *err)
 	return ph_fail (err, ECHILD, "%s ended with status %#x", hunt->wanted->path, hunt->status);
 }
 
+/* Wait until all are gone, with those whose birth has not been told yet: they show by a stop. */
+static void
+bury (void)
+{
+	for (;;)
+		{
+			int status;
+			pid_t pid = waitpid (-1, &status, __WALL | __WNOTHREAD);
+
+			if (pid < 0 && errno != EINTR)
+				return;
+			if (pid > 0 && WIFSTOPPED (status))
+				kill (pid, SIGKILL);
+		}
+}
+
 static long
 catch (void *argument, struct ph_error *err)
 {
@@ -499,8 +515,7 @@ catch (void *argument, struct ph_error *err)
 				kill (hunt.command, SIGKILL);
 			for (size_t i = 0; i < hunt.count; i++)
 				kill (hunt.others[i], SIGKILL);
-			while (waitpid (-1, NULL, __WALL | __WNOTHREAD) > 0 || errno == EINTR)
-				;
+			bury ();
 		}
 	free (hunt.others);
 	return result < 0 ? -1 : hunt.caught;
