@@ -26,9 +26,9 @@ from phaul_engine.memory.sink import PageSink
 from phaul_engine.memory.source import Codec, PageSource
 from phaul_engine.memory.stream import Channel, Role, StreamHello
 from phaul_engine.native import check, lib, new_error
-from phaul_engine.syscalls import NR
 
 from phaul.transport.pages import Identity, make_identity
+from tests.page_streams import userfaultfd
 
 Address = tuple[str, int]
 
@@ -38,7 +38,6 @@ _REPEATS = 5
 _TIMEOUT = 120.0
 _START = 0x5B0000000000  # where both processes have the memory
 _FIXED_NOREPLACE = 0x100000
-_USER_MODE_ONLY = 1  # of userfaultfd(2)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -53,9 +52,7 @@ def _map(size: int) -> None:
 
 def _userfaultfd(size: int) -> int:
     """As skeleton tasks have one of their areas until the first round is in."""
-    uffd = int(_libc.syscall(NR.userfaultfd, os.O_CLOEXEC | _USER_MODE_ONLY))
-    err = new_error()
-    check(lib.ph_uffd_enable(uffd, err), err)
+    uffd, err = userfaultfd(), new_error()
     check(lib.ph_uffd_track(uffd, _START, _START + size, err), err)
     return uffd
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import socket
@@ -12,11 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from phaul_engine.memory.sink import PageSink
 from phaul_engine.memory.source import Codec, PageSource
 from phaul_engine.memory.stream import Channel, Role, StreamHello
+from phaul_engine.native import check, lib, new_error
+from phaul_engine.syscalls import NR
 
 from phaul.transport.pages import Identity, make_identity
 
 MIGRATION = bytes(range(32))
 TIMEOUT = 100.0
+_USER_MODE_ONLY = 1  # of userfaultfd(2)
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @functools.cache
@@ -63,6 +68,16 @@ def run_round(source: PageSource, sink: PageSink, number: int, timeout: float = 
     source.end(number)
     source.wait(number, timeout)
     sink.wait(number, timeout)
+
+
+def userfaultfd() -> int:
+    """A userfaultfd of this process, ready to have areas registered."""
+    uffd = int(_libc.syscall(NR.userfaultfd, os.O_CLOEXEC | _USER_MODE_ONLY))
+    if uffd < 0:
+        raise OSError(ctypes.get_errno(), "make a userfaultfd")
+    err = new_error()
+    check(lib.ph_uffd_enable(uffd, err), err)
+    return uffd
 
 
 def descriptors() -> int:

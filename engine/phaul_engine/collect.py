@@ -33,7 +33,6 @@ from .objects.base import Collection, Owner, TaskKind, ThreadView, descriptor_ki
 from .objects.files import FilesPass, OpenFiles, Table
 from .proc.access import open_at, open_process, read_bytes, read_link
 from .proc.maps import Area, parse_maps, read_maps, read_smaps
-from .proc.status import read_status
 from .proc.tree import read_tree
 from .program import Program, Results
 from .survey import judge_threads, judge_tree
@@ -303,9 +302,9 @@ class Collector:
 
     def _meet(self, tree: Tree, stack: contextlib.ExitStack, *, survey: bool) -> list[Member]:
         """The processes, what they are called, and their areas."""
-        processes = list(tree.processes.values())
-        level = len(read_status(processes[0].proc).ns_pid) - 1
-        members = [stack.enter_context(opened(process, level)) for process in processes]
+        members: list[Member] = []
+        for process in tree.processes.values():
+            members.append(stack.enter_context(opened(process, members[0].level if members else None)))
         self._recognize(members)
         self._census.take(members)
         living = [member for member in members if not member.process.zombie]

@@ -62,9 +62,12 @@ class Member:
 
 
 @contextlib.contextmanager
-def opened(process: Process, level: int) -> Iterator[Member]:
-    """A process, with the descriptors that a pass needs of it. For `level` see there."""
+def opened(process: Process, level: int | None) -> Iterator[Member]:
+    """A process, with the descriptors that a pass needs of it. For `level` see there; None for the first of a tree,
+    whose own pid namespace that is."""
     stat, status = read_stat(process.proc), read_status(process.proc)
+    if level is None:
+        level = len(status.ns_pid) - 1
     with contextlib.ExitStack() as stack:
 
         def keep(fd: int) -> int:

@@ -52,14 +52,13 @@ while True:
     tell(count)
 """
 )
-SANDBOX = (
+LOOK = (
     FORK
     + """
-def sandbox():
-    assert libc.unshare(0x10000000) == 0  # CLONE_NEWUSER
+def map_root():
     for name, text in (("setgroups", "deny"), ("gid_map", "0 0 1"), ("uid_map", "0 0 1")):
         open("/proc/self/" + name, "w").write(text)
-    threading.Thread(target=signal.pause, daemon=True).start()
+def watch():
     before, count = look(), 0
     while True:
         count += 1
@@ -69,6 +68,16 @@ def sandbox():
         thread.join()
         now = look()
         tell(count, "ok" if now == before else f"wrong: {now} after {before}")
+"""
+)
+SANDBOX = (
+    LOOK
+    + """
+def sandbox():
+    assert libc.unshare(0x10000000) == 0  # CLONE_NEWUSER
+    map_root()
+    threading.Thread(target=signal.pause, daemon=True).start()
+    watch()
 def look():
     names = ("uid_map", "gid_map", "setgroups")
     capabilities = [line for line in open("/proc/self/status") if line.startswith("Cap")]
@@ -80,25 +89,14 @@ while True:
 """
 )
 NUMBERS = (
-    FORK
+    LOOK
     + """
-def sandbox():
-    before, count = look(), 0
-    while True:
-        count += 1
-        fork(count, 1)
-        thread = threading.Thread(target=time.sleep, args=(0.01,))
-        thread.start()
-        thread.join()
-        now = look()
-        tell(count, "ok" if now == before else f"wrong: {now} after {before}")
 def look():
     return os.getpid(), os.getppid(), os.readlink("/proc/self"), open("/proc/1/comm").read()
 def nest(flags):
     assert libc.unshare(flags) == 0
     if flags & 0x10000000:  # CLONE_NEWUSER
-        for name, text in (("setgroups", "deny"), ("gid_map", "0 0 1"), ("uid_map", "0 0 1")):
-            open("/proc/self/" + name, "w").write(text)
+        map_root()
     if os.fork() == 0:
         assert os.getpid() == 1
         assert libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None) == 0  # MS_REC | MS_PRIVATE
@@ -109,7 +107,7 @@ def nest(flags):
 if os.fork() == 0:
     nest(0x20020000 | int(sys.argv[1], 16))  # CLONE_NEWPID | CLONE_NEWNS
     nest(0x20020000)
-    sandbox()
+    watch()
 while True:
     signal.pause()
 """

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,32 +14,21 @@ from phaul_engine.images.pb import vma_pb2
 from phaul_engine.memory.extents import PAGE_SIZE, Extents, Place
 from phaul_engine.memory.tracker import Backend, available
 from phaul_engine.native import check, lib, new_error
-from phaul_engine.syscalls import NR
 
-from tests.page_streams import page_pair, run_round
+from tests.page_streams import page_pair, run_round, userfaultfd
 
 _PAGES = 64
-_USER_MODE_ONLY = 1  # of userfaultfd(2)
-_libc = ctypes.CDLL(None, use_errno=True)
 needs_wp_async = pytest.mark.skipif(
     Backend.WP_ASYNC not in available(), reason="needs userfaultfd WP_ASYNC (Linux 6.7)"
 )
 
 
-@pytest.fixture
-def userfaultfd() -> Iterator[int]:
-    uffd = _libc.syscall(NR.userfaultfd, os.O_CLOEXEC | _USER_MODE_ONLY)
-    assert uffd >= 0, os.strerror(ctypes.get_errno())
-    err = new_error()
-    check(lib.ph_uffd_enable(uffd, err), err)
-    yield uffd
-    os.close(uffd)
-
-
 @needs_wp_async
-def test_pages_are_where_they_belong_whatever_was_there(userfaultfd: int) -> None:
+def test_pages_are_where_they_belong_whatever_was_there() -> None:
     """Some pages of the area are there already, some are not registered, and in a second round all are there."""
     with contextlib.ExitStack() as stack:
+        uffd = userfaultfd()
+        stack.callback(os.close, uffd)
         area = mmap.mmap(-1, _PAGES * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         start = ctypes.addressof(ctypes.c_char.from_buffer(area))
         there = (0, 3, 4, 17, _PAGES - 1)
@@ -48,7 +36,7 @@ def test_pages_are_where_they_belong_whatever_was_there(userfaultfd: int) -> Non
             area[page * PAGE_SIZE] = 0xEE
         err = new_error()
         for first, last in ((0, 20), (40, _PAGES)):
-            check(lib.ph_uffd_track(userfaultfd, start + first * PAGE_SIZE, start + last * PAGE_SIZE, err), err)
+            check(lib.ph_uffd_track(uffd, start + first * PAGE_SIZE, start + last * PAGE_SIZE, err), err)
         file = os.memfd_create("source")
         stack.callback(os.close, file)
         source, sink = page_pair(1)
@@ -56,7 +44,7 @@ def test_pages_are_where_they_belong_whatever_was_there(userfaultfd: int) -> Non
         stack.callback(sink.close)
         source.add(1, Place(0, file))
         sink.add(1, Place(os.getpid(), -1))
-        sink.fill(1, userfaultfd)
+        sink.fill(1, uffd)
         for number in (0, 1):
             content = os.urandom(_PAGES * PAGE_SIZE)
             os.pwrite(file, content, start)
