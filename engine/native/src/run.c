@@ -99,8 +99,6 @@ run (void *argument, struct ph_error *err)
 	int64_t deadline = ph_now_us () + (int64_t) job->timeout_ms * 1000;
 	size_t done = 0;
 
-	for (size_t i = 0; i < job->count; i++)
-		ring (slot_of (job, i));
 	for (unsigned round = 0; done < job->count; round++)
 		{
 			struct ph_slot *slot = slot_of (job, done);
@@ -141,6 +139,8 @@ ph_run_begin (struct ph_tracer *tracer, void *arena, const int32_t *slots, const
 			return NULL;
 		}
 	*running = (struct ph_running){ tracer, { arena, slots, tids, count, timeout_ms } };
+	for (size_t i = 0; i < count; i++)
+		ring (slot_of (&running->job, i));
 	ph_tracer_begin (tracer, run, &running->job, err);
 	return running;
 }

@@ -11,13 +11,21 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
+#include <unistd.h>
 
 #define SPIN_US 60
 #define D_STATE_US 100000
+#define SPINS 12   /* looks at a task that is about to stop, before it gets our CPU */
+#define LOOK_NS 10000000l /* from look to look at one that does not stop */
 #define STOP_EVENT(status) ((unsigned) (status) >> 16)
+
+/* What interrupts the tracer's waits, which have no time limit of their own. */
+static _Thread_local timer_t waits_end;
+static _Thread_local bool waits_end_set;
 
 struct ph_tracer {
 	pthread_t thread;
@@ -41,6 +49,27 @@ spin_until (const bool *flag)
 			__builtin_ia32_pause ();
 }
 
+static void
+wake_up (int signal)
+{
+	(void) signal;
+}
+
+/* A signal for this thread alone, in no way the process's own. Without it waits are naps. */
+static void
+make_alarm (void)
+{
+	struct sigevent event = { .sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGRTMAX };
+	struct sigaction action = { .sa_handler = wake_up };
+	sigset_t set;
+
+	event._sigev_un._tid = (pid_t) syscall (SYS_gettid);
+	sigemptyset (&set);
+	sigaddset (&set, SIGRTMAX);
+	waits_end_set = sigaction (SIGRTMAX, &action, NULL) == 0 && pthread_sigmask (SIG_UNBLOCK, &set, NULL) == 0
+			&& timer_create (CLOCK_MONOTONIC, &event, &waits_end) == 0;
+}
+
 static void *
 tracer_main (void *argument)
 {
@@ -48,6 +77,7 @@ tracer_main (void *argument)
 
 	prctl (PR_SET_NAME, "phaul-tracer");
 	prctl (PR_SET_TIMERSLACK, 1ul); /* its naps are of 20 us, the usual slack 50 */
+	make_alarm ();
 	for (;;)
 		{
 			spin_until (&tracer->pending);
@@ -66,6 +96,8 @@ tracer_main (void *argument)
 			pthread_mutex_unlock (&tracer->lock);
 		}
 	pthread_mutex_unlock (&tracer->lock);
+	if (waits_end_set)
+		timer_delete (waits_end);
 	return NULL;
 }
 
@@ -173,7 +205,32 @@ trace_state (pid_t tid)
 	return who[strlen (who) - 1];
 }
 
-/* Wait for any state change of `tid` until `deadline`. Short waits spin, longer ones sleep in small steps. */
+static void
+set_alarm (long nanoseconds)
+{
+	struct timespec every = { .tv_nsec = nanoseconds };
+
+	timer_settime (waits_end, 0, &(struct itimerspec){ every, every }, NULL);
+}
+
+/* waitpid, which sleeps until the task has changed, but not for long: 0, or -1 with EINTR, if it has not. */
+static pid_t
+wait_a_while (pid_t tid, int *status)
+{
+	if (!waits_end_set)
+		{
+			nanosleep (&(struct timespec){ .tv_nsec = 20000 }, NULL);
+			return waitpid (tid, status, __WALL | WNOHANG);
+		}
+	set_alarm (LOOK_NS);
+	pid_t got = waitpid (tid, status, __WALL);
+	int reason = errno;
+	set_alarm (0);
+	errno = reason;
+	return got;
+}
+
+/* Wait for any state change of `tid` until `deadline`. A task that needs the CPU that we run on gets it soon. */
 static int
 wait_change (pid_t tid, int64_t deadline, int *status, struct ph_error *err)
 {
@@ -182,12 +239,12 @@ wait_change (pid_t tid, int64_t deadline, int *status, struct ph_error *err)
 
 	for (unsigned round = 0;; round++)
 		{
-			pid_t got = waitpid (tid, status, __WALL | WNOHANG);
+			pid_t got = round < SPINS ? waitpid (tid, status, __WALL | WNOHANG) : wait_a_while (tid, status);
 			if (got == tid)
 				return 0;
 			if (got < 0 && errno != EINTR)
 				return ph_fail (err, ESRCH, "task %d is gone", tid);
-			char state = round > 50 && ph_now_us () - begun > D_STATE_US ? trace_state (tid) : 0;
+			char state = round >= SPINS && ph_now_us () - begun > D_STATE_US ? trace_state (tid) : 0;
 			if (state == 'Z') /* a leader, whose end is not told while we have other threads to reap */
 				return ph_fail (err, ESRCH, "task %d has ended", tid);
 			/* 'D' for so long: it is likely to wait for a task that we have stopped, as a vfork parent does */
@@ -196,8 +253,6 @@ wait_change (pid_t tid, int64_t deadline, int *status, struct ph_error *err)
 					trace_describe (tid, who, sizeof (who));
 					return ph_fail (err, ETIMEDOUT, "%s does not stop", who);
 				}
-			if (round > 50)
-				nanosleep (&(struct timespec){ .tv_nsec = round > 1000 ? 1000000 : 20000 }, NULL);
 		}
 }
 
