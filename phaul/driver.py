@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar, assert_never
 
 from phaul_engine.errors import EngineError
+from phaul_engine.memory.stream import DeadlineError
 
 from phaul import faults
 from phaul.errors import ArbiterError, JournalError, LostRaceError, OverruledError, PhaulError
@@ -48,6 +49,7 @@ from phaul.transport.direct import Direct, Kind, Letter
 
 _LAST_WORK = 60.0  # seconds that a work may go on when everything is decided
 _EAR = 0.005  # seconds that the other side's word is waited for outside of the loop, when the program stands
+_EARS = 5  # times, between which the loop has a turn
 _AT_ONCE = frozenset({Work.LAND, Work.DETACH, Work.WAKE})  # works of the downtime that wait for nothing in the loop
 
 T = TypeVar("T")
@@ -138,7 +140,7 @@ class Driver:
         self._doing: Work | None = None
         self._due: float | None = None
         self._idle = False  # whether `listen` waits for a letter, and does nothing else
-        self._ear = _EAR  # what is left of that in this state
+        self._ears = _EARS  # what is left of that in this state
         self._unsaid: list[logging.LogRecord] = []
 
     def arbitrate(self) -> None:
@@ -163,12 +165,15 @@ class Driver:
     async def listen(self, link: Direct) -> None:
         """Hear the other side until the link ends; then say so. To be run as a task."""
         self._cut = False
+        self._idle = True
         try:
             while True:
-                self._idle = True
-                letter = self._at_hand(link) or await link.next()
+                letter = await self._at_hand(link) or await link.next()
                 self._idle = False
                 await self._hear(letter)
+                self._idle = True
+                if self._events:
+                    await asyncio.sleep(0)  # what came is seen to first: to wait for more takes its time
         except (EngineError, OSError) as error:
             self._cut = True
             self.post(LinkLost(str(error)))
@@ -179,12 +184,17 @@ class Driver:
         finally:
             self._idle = False
 
-    def _at_hand(self, link: Direct) -> Letter | None:
+    async def _at_hand(self, link: Direct) -> Letter | None:
         """Where the freeze is about to begin, or has begun, at the other side: what it says next, without the loop."""
-        if self._events or not self._party.hurried:
-            return None
-        with contextlib.suppress(EngineError, OSError):  # `next` will find it too
-            return link.receive(_EAR)
+        for _ in range(_EARS):
+            if self._events or not self._party.hurried:
+                break
+            try:
+                return link.receive(_EAR)
+            except DeadlineError:
+                await asyncio.sleep(0)
+            except (EngineError, OSError):  # `next` will find it too
+                break
         return None
 
     async def _hear(self, letter: Letter) -> None:
@@ -193,17 +203,24 @@ class Driver:
             message, why = letter.protocol()
             self.heard.add(message)
             self.post(Received(message, why))
-        else:
-            await self._party.take(letter)
+            return
+        await self._party.take(letter)
+        if letter.kind is Kind.FINAL:
+            self.heard.add(Message.FINAL)
+            self.post(Received(Message.FINAL))
 
     async def _listen_closely(self) -> bool:
         """While the program stands for the other side's word: wait for it here, since to be woken by the loop takes it
-        some turns. Whether a letter came; what is wrong with the link, `listen` will find."""
-        link, patience, self._ear = self._party.link, self._ear, 0.0
-        if not (self._state.listens and self._idle and patience) or link is None:
+        some turns. Whether a letter came, or may come yet; what is wrong with the link, `listen` will find."""
+        link, ears, self._ears = self._party.link, self._ears, 0
+        if not (self._state.listens and self._idle and ears) or link is None:
             return False
         try:
-            letter = link.receive(patience)
+            letter = link.receive(_EAR)
+        except DeadlineError:
+            self._ears = ears - 1
+            await asyncio.sleep(0)
+            return self._ears > 0
         except (EngineError, OSError):
             return False
         try:
@@ -231,7 +248,7 @@ class Driver:
     async def _next(self) -> Event:
         """The next event, or the state's deadline."""
         while not self._events:
-            if self._ear and await self._listen_closely():
+            if self._ears and await self._listen_closely():
                 continue
             self._ready.clear()
             wait = None if self._due is None else self._due - asyncio.get_running_loop().time()
@@ -247,7 +264,7 @@ class Driver:
     async def _take(self, event: Event) -> None:
         after = step(self._state, event, self._limits)
         if after.state != self._state:
-            self._state, self._ear = after.state, _EAR
+            self._state, self._ears = after.state, _EARS
             self.progress()
             self._tell()
             self._party.entered(self._state)

@@ -50,11 +50,20 @@ SCHEMA = 1
 _HEADER = struct.Struct("<4sIHHHHI8s")
 _MAGIC = b"PHJ\n"
 _ROOM = RECORD - _HEADER.size
+_BLANK = bytes(RECORD)
 _RESERVED = 16  # records that only transitions may use
 _CAPACITY = 512  # records: 256 KiB
 _LOCK_PATIENCE = 2.0  # seconds; a healthy holder needs microseconds
 _KEPT = frozenset({"migration", "role", "state", "undo", "why", "since"})  # what only a transition or entry changes
 _FORM: tuple[tuple[str, Any], ...] = (("set", {}), ("undo", []), ("at", 0.0))  # of a change, as far as it has them
+_JSON = json.JSONEncoder(separators=(",", ":"))
+_PLAIN_KEYS = {"from", "state", "at"}
+_PLAIN = {  # transitions without anything else, which the freeze waits for: as JSON but for the time
+    (before, after): (_JSON.encode({"from": before, "state": after})[:-1] + ',"at":%r}').encode()
+    for moves in MOVES.values()
+    for before, all_after in moves.items()
+    for after in all_after
+}
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -161,18 +170,23 @@ class Journal:
     def __init__(self, path: Path, descriptor: int, migration: str, role: Role) -> None:
         self._path = path
         self._fd = descriptor
+        self._role = role
         self._tag = _tag(migration, role)
         self._content: dict[str, Any] = {}
         self._messages = 0
         self._next = 0  # record after the last complete message
-        self._row: Row | None = None
+        self._said: tuple[Row, dict[str, Any]] | None = None  # the row as last read, and what was written since
+        self._made: tuple[object, Row] | None = None  # the row that comes of that, once somebody has asked for it
         self._slots = os.fstat(descriptor).st_size // RECORD
 
     @property
     def row(self) -> Row:
         """The row as last read or written."""
-        assert self._row is not None
-        return self._row
+        said, made = self._said, self._made
+        assert said is not None
+        if made is None or made[0] is not said:  # a change of it in the freeze is not made into a row there
+            made = self._made = (said, said[0].model_copy(update=said[1]) if said[1] else said[0])
+        return made[1]
 
     @property
     def path(self) -> Path:
@@ -198,28 +212,27 @@ class Journal:
 
     def transition(
         self, expected: State, to: State, *, why: str = "", undo: tuple[Undo, ...] = (), **facts: Any
-    ) -> Row:
+    ) -> None:
         """Compare-and-set: from `expected` to `to`, together with facts. LostRaceError where the row says otherwise.
 
         Does not sync: a few microseconds, and never a lack of space.
         """
-        if to not in MOVES[self.row.role].get(expected, ()):
-            raise ValueError(f"a {self.row.role} does not go from {expected} to {to}")
+        if to not in MOVES[self._role].get(expected, ()):
+            raise ValueError(f"a {self._role} does not go from {expected} to {to}")
         with self._locked():
-            self._replay()
-            if self.row.state is not expected:
+            blank = self._replay()
+            if self._content["state"] != expected:
                 raise LostRaceError(
                     f"migration {self.row.migration} is {self.row.state} on this side, no longer {expected}",
                     state=self.row.state,
                 )
-            self._append({"from": expected, "state": to, "why": why}, undo, facts, reserve=0)
-        return self.row
+            self._append({"from": expected, "state": to, "why": why}, undo, facts, reserve=0, blank=blank)
 
     def note(self, *, undo: tuple[Undo, ...] = (), **facts: Any) -> Row:
         """Add facts and undo entries without changing the state. One that has ended has room for one more note."""
         with self._locked():
-            self._replay()
-            self._append({}, undo, facts, reserve=0 if self.row.ended else _RESERVED)
+            blank = self._replay()
+            self._append({}, undo, facts, reserve=0 if self._content.get("ended") else _RESERVED, blank=blank)
         return self.row
 
     def end(self) -> Row:
@@ -244,7 +257,7 @@ class Journal:
         os.close(self._fd)
         self._fd, self._slots, self._next = fd, len(data) // RECORD + 1, len(data) // RECORD
         self._content["link"] = {}
-        self._row = self.row.model_copy(update={"link": {}})
+        self._said = self.row.model_copy(update={"link": {}}), {}
 
     def sync(self) -> None:
         """Bring it to the disk: milliseconds, never inside the freeze."""
@@ -293,20 +306,21 @@ class Journal:
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
-    def _replay(self) -> None:
-        """Apply the complete messages after those known."""
+    def _replay(self) -> bool:
+        """Apply the complete messages after those known. Whether there is nothing in the record after them."""
         changed = False
-        while (message := self._message(self._next)) is not None:
+        while (raw := self._raw(self._next)) != _BLANK and (message := self._message(self._next, raw)) is not None:
             payload, parts = message
             self._apply(payload)
             self._messages += 1
             self._next += parts
             changed = True
-        if changed or self._row is None:
+        if changed or self._said is None:
             if self._messages == 0:
                 raise JournalError(f"{self._path} holds no row")
             self._check_rest()
-            self._row = self._validated()
+            self._said = self._validated(), {}
+        return raw == _BLANK
 
     def _messages_so_far(self) -> list[tuple[dict[str, Any], int]]:
         """Those that have been read or written, as they stand in the file, each with its number of records."""
@@ -315,7 +329,7 @@ class Journal:
         try:
             for number in range(known):
                 self._messages = number  # a message is only valid in its place
-                message = self._message(slot)
+                message = self._message(slot, self._raw(slot))
                 if message is None:
                     break
                 found.append(message)
@@ -324,14 +338,17 @@ class Journal:
             self._messages = known
         return found
 
-    def _message(self, slot: int) -> tuple[dict[str, Any], int] | None:
+    def _raw(self, slot: int) -> bytes:
+        return os.pread(self._fd, RECORD, slot * RECORD)
+
+    def _message(self, slot: int, raw: bytes) -> tuple[dict[str, Any], int] | None:
         """The message that begins at a record, with its number of records; None where none is complete."""
-        first = self._record(slot)
+        first = self._record(raw)
         if first is None or first.number != self._messages or first.part != 0:
             return None
         payload = first.payload
         for part in range(1, first.parts):
-            record = self._record(slot + part)
+            record = self._record(self._raw(slot + part))
             if record is None or record[:3] != (first.number, part, first.parts):
                 return None
             payload += record.payload
@@ -343,9 +360,8 @@ class Journal:
             raise JournalError(f"{self._path}: record {slot} does not hold a change")
         return content, first.parts
 
-    def _record(self, slot: int) -> _Record | None:
+    def _record(self, raw: bytes) -> _Record | None:
         """A valid record of this migration; None for anything else. JournalError for a schema of the future."""
-        raw = os.pread(self._fd, RECORD, slot * RECORD)
         if len(raw) < RECORD:
             return None
         magic, check, schema, part, parts, length, number, tag = _HEADER.unpack_from(raw)
@@ -369,7 +385,7 @@ class Journal:
         for slot in range(self._next, self._slots):
             if not rest.startswith(_MAGIC, (slot - self._next) * RECORD):
                 continue
-            record = self._record(slot)
+            record = self._record(self._raw(slot))
             if record is not None and (record.number, record.part) != (self._messages, slot - self._next):
                 raise JournalError(
                     f"{self._path} is damaged: record {slot} does not follow from those before",
@@ -401,26 +417,35 @@ class Journal:
             raise JournalError(f"{self._path} holds the row of another migration or side")
         return row
 
-    def _append(self, change: dict[str, Any], undo: tuple[Undo, ...], facts: dict[str, Any], *, reserve: int) -> None:
-        """Write a message after the last complete one. The caller holds the lock and has replayed."""
+    def _append(
+        self, change: dict[str, Any], undo: tuple[Undo, ...], facts: dict[str, Any], *, reserve: int, blank: bool
+    ) -> None:
+        """Write a message after the last complete one. The caller holds the lock and has replayed; `blank` is what
+        that said."""
         change = _change(change, undo, facts)
         raw = _encode(change, self._messages, self._tag)
         if self._next + len(raw) // RECORD > self._slots - reserve:
             raise JournalError(f"{self._path} is full", advice="this migration has too much to take back")
-        self._clear_torn()
+        if not blank:
+            self._clear_torn()
         if os.pwrite(self._fd, raw, self._next * RECORD) != len(raw):
             raise JournalError(f"{self._path}: a short write")
         self._apply(change)
         self._messages += 1
         self._next += len(raw) // RECORD
-        state = {"state": change["state"], "why": change.get("why", "")} if "state" in change else {}
-        undo = self.row.undo + undo
-        self._row = self.row.model_copy(update={**facts, **state, "undo": undo, "since": change["at"]})
+        assert self._said is not None
+        row, newer = self._said
+        newer = {**newer, **facts, "since": change["at"]}
+        if "state" in change:
+            newer |= {"state": change["state"], "why": change.get("why", "")}
+        if undo:
+            newer["undo"] = newer.get("undo", row.undo) + undo
+        self._said = row, newer
 
     def _clear_torn(self) -> None:
         """Wipe a message that was never finished, its last record first: whatever is left of it stays unfinished."""
         slot = self._next
-        while slot < self._slots and any(os.pread(self._fd, RECORD, slot * RECORD)):
+        while slot < self._slots and self._raw(slot) != _BLANK:
             slot += 1
         for torn in range(slot - 1, self._next - 1, -1):
             os.pwrite(self._fd, bytes(RECORD), torn * RECORD)
@@ -522,10 +547,10 @@ def _tag(migration: str, role: Role) -> bytes:
 
 def _change(change: dict[str, Any], undo: tuple[Undo, ...], facts: dict[str, Any]) -> dict[str, Any]:
     """The content of a message."""
-    if wrong := (facts.keys() - Row.model_fields.keys()) | (facts.keys() & _KEPT):
-        raise ValueError(f"{', '.join(sorted(wrong))} cannot be set")
     change = {key: value for key, value in change.items() if value != ""}
     if facts:
+        if wrong := (facts.keys() - Row.model_fields.keys()) | (facts.keys() & _KEPT):
+            raise ValueError(f"{', '.join(sorted(wrong))} cannot be set")
         change["set"] = {key: _plain(value) for key, value in facts.items()}
     if undo:
         change["undo"] = [entry.model_dump(mode="json") for entry in undo]
@@ -542,7 +567,8 @@ def _plain(value: Any) -> Any:
 
 def _encode(change: dict[str, Any], number: int, tag: bytes) -> bytes:
     """A message as records."""
-    payload = json.dumps(change, separators=(",", ":")).encode()
+    plain = _PLAIN.get((change["from"], change["state"])) if change.keys() == _PLAIN_KEYS else None
+    payload = _JSON.encode(change).encode() if plain is None else plain % change["at"]
     parts = [payload[at : at + _ROOM] for at in range(0, len(payload), _ROOM)]
     records = bytearray()
     for index, part in enumerate(parts):

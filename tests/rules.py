@@ -103,15 +103,15 @@ RULES = (
     Rule(
         "rows change by compare-and-set",
         "phaul/journal.py",
-        "            if self.row.state is not expected:",
+        '            if self._content["state"] != expected:',
         "            if False:",
         "tests/unit/test_journal.py",
     ),
     Rule(
         "no sync inside the freeze: the rows",
         "phaul/journal.py",
-        '            self._append({"from": expected, "state": to, "why": why}, undo, facts, reserve=0)',
-        '            self._append({"from": expected, "state": to, "why": why}, undo, facts, reserve=0)\n'
+        '            self._append({"from": expected, "state": to, "why": why}, undo, facts, reserve=0, blank=blank)',
+        '            self._append({"from": expected, "state": to, "why": why}, undo, facts, reserve=0, blank=blank)\n'
         "            os.fdatasync(self._fd)",
         "tests/unit/test_journal.py",
     ),
@@ -132,8 +132,8 @@ RULES = (
     Rule(
         "space is kept for transitions",
         "phaul/journal.py",
-        "reserve=0 if self.row.ended else _RESERVED)",
-        "reserve=0)",
+        'reserve=0 if self._content.get("ended") else _RESERVED, blank=blank)',
+        "reserve=0, blank=blank)",
         "tests/unit/test_journal.py",
     ),
     Rule(

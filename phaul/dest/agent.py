@@ -22,7 +22,6 @@ from phaul import asking, faults
 from phaul.dest.works import DestinationWorks
 from phaul.driver import Driver
 from phaul.errors import PhaulError
-from phaul.events import Event, Phase
 from phaul.journal import Journal, Store
 from phaul.migration import Done, Failed, Message, Role, Row, Send, State, Work
 from phaul.migration.destination import begin
@@ -52,7 +51,7 @@ class DestinationAgent:
         self._listener: PageListener | None = None
         self._opened = asyncio.Event()
         self._link: Direct | None = None
-        self._phases: list[Phase] = []
+        self._phases: list[tuple[str, float]] = []  # names and seconds
         self.works = DestinationWorks(migration, store, self._report)
         self.works.answer = self._answer_haul
         self.works.failed = lambda why: self.driver.post(Failed(Work.BUILD, why))
@@ -86,13 +85,13 @@ class DestinationAgent:
         if work is Work.BUILD and self.works.arbitrated:
             self.driver.arbitrate()
         if work in _TIMED:
-            self._report(Phase(_TIMED[work], (time.monotonic() - begun) * 1000, side="destination"))
+            self._report(_TIMED[work], time.monotonic() - begun)
         return done
 
     def _tell_phases(self) -> None:
         if self._link is not None:
             with contextlib.suppress(EngineError, OSError):
-                phases = [[one.phase, round(one.ms, 3)] for one in self._phases]
+                phases = [[name, round(seconds * 1000, 3)] for name, seconds in self._phases]
                 self._link.send(Kind.PHASES, json.dumps(phases).encode())
                 if self.works.place is not None:
                     self._link.send_place(self.works.place)
@@ -122,10 +121,9 @@ class DestinationAgent:
         if self._link is not None:
             self._link.send(Kind.HAUL, body)
 
-    def _report(self, event: Event) -> None:
-        """Phases are for the operator, who watches at the source."""
-        if isinstance(event, Phase):
-            self._phases.append(event)
+    def _report(self, phase: str, seconds: float) -> None:
+        """For the operator, who watches at the source."""
+        self._phases.append((phase, seconds))
 
     # -- what the source asks through SSH --------------------------------------------------------------------------
 

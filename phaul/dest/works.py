@@ -30,14 +30,13 @@ from phaul_engine.namespaces.mnt import externals
 from phaul_engine.objects import carried_file, confinement, journal_stream, sysv_shm, unix_socket, waking
 from phaul_engine.target import Tracer
 
-from phaul import events, policy, workloads
+from phaul import policy, workloads
 from phaul.config import SLEEPS
 from phaul.dest.directories import Directories
 from phaul.dest.network import Network
 from phaul.dest.register import Register
 from phaul.driver import blocking
 from phaul.errors import PhaulError
-from phaul.events import Event
 from phaul.haul import layers
 from phaul.journal import Journal, Row, Store, Task, Undo, boot_id
 from phaul.migration import Done, Role, Work
@@ -56,9 +55,9 @@ _LOOK = 0.25  # seconds between two looks at the memory of a copy that has a lim
 
 
 class DestinationWorks:
-    """The works of one migration at the destination."""
+    """The works of one migration at the destination. `report` takes phases of the downtime, in seconds."""
 
-    def __init__(self, migration: str, store: Store, report: Callable[[Event], None]) -> None:
+    def __init__(self, migration: str, store: Store, report: Callable[[str, float], None]) -> None:
         self.migration = migration
         self.journal: Journal | None = None
         self.hurried = False  # the freeze is about to begin at the source, or has begun
@@ -414,7 +413,7 @@ class DestinationWorks:
         self._cgroup.freeze(_FREEZE_TIMEOUT, self.landing.skeleton.pids().values())
         marks.append(time.monotonic())
         for name, begun, ended in zip(("areas", "pages", "objects", "park"), marks, marks[1:], strict=False):
-            self._report(events.Phase(name, (ended - begun) * 1000, side="destination"))
+            self._report(name, ended - begun)
 
     def _verify(self) -> None:
         """--verify: a page that is not as at the source ends this copy."""

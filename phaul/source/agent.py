@@ -50,6 +50,7 @@ _HURRY = 0.2  # seconds for the destination to hear of the freeze before it begi
 _CLOCK_LOOKS, _CLOCK_TIMEOUT = 8, 10.0
 _STREAMS = 4  # page connections, where the operator leaves the choice to us
 _REACH, _RETRY = 3.0, 0.3  # seconds to reach a silent destination, and between two attempts
+_SOON = 0.05  # seconds until the operator hears of a commit that is not answered
 _LATE = 10.0  # seconds for whoever comes after a dead destination agent to be there
 _LOOPBACK = "127.0.0.1"
 _TCP = socket.IPPROTO_TCP
@@ -79,6 +80,7 @@ class SourceAgent:
         self._clocks: asyncio.Queue[tuple[own.Clocks, own.Clocks]] = asyncio.Queue()  # here and there, as answers came
         self._hearing: asyncio.Task[None] | None = None
         self._hauling: asyncio.Task[None] | None = None
+        self._telling: asyncio.TimerHandle | None = None  # of the commit
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- what the driver asks for ----------------------------------------------------------------------------------
@@ -174,11 +176,13 @@ class SourceAgent:
 
     def entered(self, state: State) -> None:
         """Tell the operator what the protocol decided; while the destination takes over, packets are passed on."""
+        if not isinstance(state, Committed):
+            self._tell_committed()
         match state:
             case Committed(asks=0):
                 self.works.fall_silent()
-                self._front.emit(events.Committed())
-                self._start(self._forward())
+                self._loop.call_soon(lambda: self._start(self._forward()))  # COMMIT leaves first
+                self._telling = self._loop.call_later(_SOON, self._tell_committed)
             case Releasing(tries=1):
                 self.resumed_at = time.monotonic()
                 self.works.calm()
@@ -187,6 +191,13 @@ class SourceAgent:
                 self._front.emit(events.Released())
             case Undoing(why=why, tries=1):
                 self._front.emit(events.Notice("warning", f"the program goes on at the source: {why}"))
+
+    def _tell_committed(self) -> None:
+        """As a rule that it runs there is told at the same time: nothing is said while it stands."""
+        telling, self._telling = self._telling, None
+        if telling is not None:
+            telling.cancel()
+            self._front.emit(events.Committed())
 
     @property
     def downtime_ms(self) -> float:
@@ -288,7 +299,8 @@ class SourceAgent:
         """Held packets follow the program until it is released."""
         with contextlib.suppress(EngineError, OSError):
             while isinstance(self.driver.state, Committed):
-                self.works.forward()
+                if not self.works.forward():
+                    break
                 await asyncio.sleep(0.0005)
 
     # -- tasks -----------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from phaul.config import SLEEPS
 from phaul.driver import blocking
 from phaul.events import Event, Finding
 from phaul.journal import Journal, Row, Store, Task, Undo, boot_id
-from phaul.migration import Done, Message, Role, Verdict, Work
+from phaul.migration import Done, Role, Verdict, Work
 from phaul.recovery import LOCK_PATIENCE, Deeds
 from phaul.source.hauling import Hauling
 from phaul.source.orders import Orders, open_register
@@ -494,17 +494,17 @@ class SourceWorks:
             self._announce(Kind.CHANGES, checkpoint)
             self._send_last()
         self.direct.send(Kind.FINAL, self._known.delta(checkpoint))
-        self.direct.send_protocol(Message.FINAL)
 
-    def forward(self) -> None:
+    def forward(self) -> bool:
         """Send on the packets that were held so far; to be called while the destination takes over, and a while
-        after."""
+        after. Whether there may be more."""
         if self._network is None:
-            return
+            return False
         frames = replay.drain(self._network.hold.tap)
         if frames:
             self._network.kept += frames
             self.direct.send(Kind.FRAMES, replay.pack(frames))
+        return True
 
     def fall_silent(self) -> None:
         """The destination may take over from now on: of two kernels with the same addresses one answers."""

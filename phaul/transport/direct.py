@@ -33,7 +33,7 @@ class Kind(enum.IntEnum):
     SURVEY = 2  # images of the survey, before PREPARE
     CHANGES = 3  # images again: areas, tasks or descriptors are other than before
     ROUND = 4  # u32: pages of this round are on their way, and belong to what the images so far say
-    FINAL = 5  # images of the frozen tree, as what differs from the last that were sent as a whole; before FINAL
+    FINAL = 5  # the message FINAL, and images of the frozen tree: what differs from the last that were sent as a whole
     FRAMES = 6  # packets that were held at the source
     CLOCK = 7  # empty, to be answered at once with JSON: the clocks of the destination's machine, in nanoseconds
     SETTINGS = 8  # JSON: what the destination has to know of the operator's wishes
@@ -46,6 +46,14 @@ class Kind(enum.IntEnum):
 
 
 _KINDS = frozenset(Kind)
+
+
+def _told(message: Message, why: str) -> bytes:
+    return json.dumps({"message": message.value, "why": why}).encode()
+
+
+_PLAIN = {message: _told(message, "") for message in Message}  # those that a freeze waits for have no reason
+_MEANT = {body: message for message, body in _PLAIN.items()}
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,8 @@ class Letter:
 
     def protocol(self) -> tuple[Message, str]:
         """Of PROTOCOL: the message and the reason given with it. EngineError if it is none of ours."""
+        if (plain := _MEANT.get(self.body)) is not None:
+            return plain, ""
         try:
             said = jsontext.parse(self.body)
             return Message(said["message"]), str(said.get("why", ""))
@@ -130,7 +140,7 @@ class Direct:
 
     def send_protocol(self, message: Message, why: str = "") -> None:
         """Send a protocol message."""
-        self.send(Kind.PROTOCOL, json.dumps({"message": message.value, "why": why}).encode())
+        self.send(Kind.PROTOCOL, _told(message, why) if why else _PLAIN[message])
 
     def receive(self, timeout: float) -> Letter:
         """Block, without the GIL, for a message."""

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 from phaul_engine.errors import EngineError
+from phaul_engine.memory.stream import DeadlineError
 
 from phaul import driver as driver_module
 from phaul.driver import Driver, WorkFailedError, blocking
@@ -191,6 +192,25 @@ def test_state_beside_messages_goes_to_the_party() -> None:
     assert [type(event).__name__ for event in driver._events] == ["Received", "LinkLost"]
 
 
+def test_the_final_images_are_a_message_too_once_they_have_been_taken() -> None:
+    class Taking(Party):
+        async def take(self, letter: Letter) -> None:
+            self.did.append(f"{letter.kind.name} after {len(driver_of[0]._events)} events")
+
+    driver_of: list[Driver] = []
+    party = Taking()
+
+    async def main() -> None:
+        driver_of.append(Driver(begin(), party))
+        await driver_of[0].listen(cast("Direct", Link(Letter(Kind.FINAL, b""), OSError(104, "cut"))))
+
+    asyncio.run(main())
+    (driver,) = driver_of
+    assert party.did == ["FINAL after 0 events"]
+    assert driver.heard == {Message.FINAL}
+    assert driver._events[0] == Received(Message.FINAL)
+
+
 @pytest.mark.parametrize(
     "said",
     [
@@ -231,10 +251,12 @@ class Rows:
 
 
 class Ear:
-    """A link on which this is said while the program stands, when it is listened to outside of the loop."""
+    """A link on which this is said while the program stands, when it is listened to outside of the loop; `late` times
+    it was not yet there."""
 
-    def __init__(self, said: Letter | Exception) -> None:
+    def __init__(self, said: Letter | Exception, late: int = 0) -> None:
         self.said = said
+        self.late = late
         self.cut = False
         self.sent: list[Message] = []
         self.channel = self
@@ -244,6 +266,9 @@ class Ear:
         raise AssertionError
 
     def receive(self, timeout: float) -> Letter:
+        if self.late:
+            self.late -= 1
+            raise DeadlineError("nothing yet")
         if isinstance(self.said, Exception):
             raise self.said
         return self.said
@@ -282,6 +307,54 @@ def test_while_the_program_stands_the_other_side_is_listened_to_without_the_loop
         return heard, link.cut, driver.heard
 
     assert asyncio.run(main()) == (came, cut, {Message.READY} if came else set())
+
+
+@pytest.mark.parametrize(("late", "came"), [(0, True), (4, True), (5, False)])
+def test_it_is_listened_for_a_while_in_which_the_loop_has_its_turns(late: int, came: bool) -> None:
+    turns: list[int] = []
+
+    async def main() -> tuple[set[Message], int]:
+        link, party, loop = Ear(protocol(Message.READY), late), Party(), asyncio.get_running_loop()
+        party.link = cast("Direct", link)
+        driver = Driver(Step(Frozen()), party)
+        listening = asyncio.create_task(driver.listen(party.link))
+        await asyncio.sleep(0)
+        loop.call_soon(turns.append, 1)
+        while not driver.heard and await driver._listen_closely():
+            pass
+        listening.cancel()
+        return driver.heard, len(turns)
+
+    assert asyncio.run(main()) == ({Message.READY} if came else set(), 1 if late else 0)
+
+
+def test_before_and_in_the_freeze_the_source_is_listened_to_without_the_loop() -> None:
+    """Until something has come that is to be seen to; that it has not come yet, or never will, ends nothing."""
+
+    class Hurried(Party):
+        hurried = True
+
+        async def take(self, letter: Letter) -> None:
+            self.did.append(letter.kind.name)
+            self.hurried = letter.kind is not Kind.FINAL
+
+    class Line(Ear):
+        def receive(self, timeout: float) -> Letter:
+            super().receive(timeout)
+            return Letter(Kind.FINAL if party.did else Kind.ROUND, b"")
+
+    party = Hurried()
+
+    async def main() -> Driver:
+        driver = Driver(begin(), party)
+        listening = asyncio.create_task(driver.listen(cast("Direct", Line(Letter(Kind.ROUND, b""), late=3))))
+        async with asyncio.timeout(10):
+            await driver._ready.wait()
+        listening.cancel()
+        return driver
+
+    assert list(asyncio.run(main())._events) == [Received(Message.FINAL)]
+    assert party.did == ["ROUND", "FINAL"]
 
 
 def test_while_the_program_stands_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -64,6 +64,31 @@ def test_the_directory_and_the_files_are_root_s_alone(store: Store) -> None:
         store.create(new_row("m2"))
 
 
+def test_changes_that_nobody_looks_at_meanwhile_add_up(store: Store) -> None:
+    """A row is made of what was written when it is asked for: not in the freeze."""
+    with store.create(new_row()) as journal:
+        before = journal.row
+        journal.transition(State.PREPARED, State.FROZEN, why="now", undo=(Undo(kind="steal"),), peer="c")
+        journal.transition(State.FROZEN, State.COMMITTED, undo=(Undo(kind="repair"),))
+        row = journal.row
+        assert (before.state, before.undo) == (State.PREPARED, ())
+        assert (row.state, row.why, row.peer, row.since > before.since) == (State.COMMITTED, "", "c", True)
+        assert [entry.kind for entry in row.undo] == ["steal", "repair"]
+        assert row == reopened(store, journal)
+        assert journal.row is row
+
+
+def test_a_transition_is_the_same_json_whoever_writes_it(store: Store) -> None:
+    """Those without a reason are made ready beforehand."""
+    with store.create(new_row()) as journal:
+        for to, why in ((State.FROZEN, ""), (State.PREPARED, "let go"), (State.FROZEN, "")):
+            before = journal.row.state
+            journal.transition(before, to, why=why)
+            change, _ = journal._messages_so_far()[-1]
+            assert change.pop("at") == journal.row.since
+            assert change == {"from": before, "state": to} | ({"why": why} if why else {})
+
+
 def test_a_change_from_another_state_is_refused_and_says_which(store: Store) -> None:
     with store.create(new_row()) as journal:
         journal.transition(State.PREPARED, State.ABORTED, why="cancelled")
@@ -133,7 +158,8 @@ def test_a_holder_of_the_lock_that_hangs_is_named(store: Store, monkeypatch: pyt
         with pytest.raises(JournalBusyError):
             journal.transition(State.PREPARED, State.FROZEN)
         os.close(fd)
-        assert journal.transition(State.PREPARED, State.FROZEN).state is State.FROZEN
+        journal.transition(State.PREPARED, State.FROZEN)
+        assert journal.row.state is State.FROZEN
 
 
 def test_transitions_have_room_when_notes_have_none_left(store: Store) -> None:

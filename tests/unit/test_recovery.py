@@ -191,13 +191,13 @@ def test_what_another_process_has_decided_meanwhile_is_done(store: Store, monkey
     with row_in(store, Role.DESTINATION, State.PARKED) as journal:
         decide = journal.transition
 
-        def late(expected: State, to: State, **more: Any) -> Row:
+        def late(expected: State, to: State, **more: Any) -> None:
             monkeypatch.undo()
             other = store.open(ID, Role.DESTINATION)
             assert other is not None
             with other:
                 other.transition(State.PARKED, State.RESUMED)
-            return decide(expected, to, **more)
+            decide(expected, to, **more)
 
         monkeypatch.setattr(journal, "transition", late)
         made = Recovery(journal, asked=True)

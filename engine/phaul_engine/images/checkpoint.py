@@ -51,6 +51,12 @@ class Checkpoint:
         """Have a file with these records; the list may be another checkpoint's, and the name is known to be good."""
         self._files[kind, ident] = records
 
+    def again(self) -> Checkpoint:
+        """Another one with the same files, which are the very same objects."""
+        other = Checkpoint()
+        other._files.update(self._files)
+        return other
+
     def shares(self, other: Checkpoint, *kinds: str) -> bool:
         """Whether all files of these kinds are the very same objects in both: then nothing in them differs."""
         ours = {key: records for key, records in self._files.items() if key[0] in kinds}

@@ -60,8 +60,14 @@ def encode_records(kind: Kind, records: Iterable[Record], name: str) -> list[byt
     """As `encode`, each record by itself and without the head."""
     parts: list[bytes] = []
     messages: list[Any] = []
+    plain = kind.message if kind.head is None and kind.payload is None else None
     for index, record in enumerate(records):
         try:
+            if type(record.message) is plain and not record.payload and not (index and kind.single):
+                messages.append(record.message)
+                body = _body(record)
+                parts.append(_WORD.pack(len(body)) + body)
+                continue
             if kind.message is None:
                 if index or record.message is not None:
                     raise ImageError("has no place in a raw image")
@@ -79,16 +85,20 @@ def encode_records(kind: Kind, records: Iterable[Record], name: str) -> list[byt
 
 
 def _encode_record(kind: Kind, record: Record) -> tuple[bytes, ...]:
-    try:
-        body: bytes = record.message.SerializeToString()
-    except EncodeError as error:
-        raise ImageError(f"is incomplete: {error}") from error
+    body = _body(record)
     size = kind.payload(record.message) if kind.payload else 0
     if size is Rest.MESSAGES:
         unpack_ipc_messages(record.message, record.payload)
     elif isinstance(size, int) and size != len(record.payload):
         raise ImageError(f"says {size} bytes follow, and has {len(record.payload)}")
     return _WORD.pack(len(body)), body, record.payload, bytes(-len(record.payload) % kind.align)
+
+
+def _body(record: Record) -> bytes:
+    try:
+        return record.message.SerializeToString()  # type: ignore[no-any-return]
+    except EncodeError as error:
+        raise ImageError(f"is incomplete: {error}") from error
 
 
 def decode(kind: Kind, data: Buffer, name: str) -> list[Record]:
@@ -179,7 +189,7 @@ def _take(view: memoryview, position: int, size: int) -> tuple[memoryview, int]:
 
 def check_unique(kind: Kind, messages: list[Any], name: str) -> None:
     """`ImageError` if two records share what no two may."""
-    if not kind.unique:
+    if not kind.unique or len(messages) < 2:
         return
     seen: set[tuple[int, ...]] = set()
     for message in messages:
@@ -194,24 +204,37 @@ def parse_message(expected: type[Message], body: Buffer) -> Any:
 
     The text of the error is a predicate ("lacks ..."), for who knows which message it was to put before.
     """
-    message = expected()
+    message, body = expected(), bytes(body)
     try:
-        message.ParseFromString(body)  # type: ignore[arg-type]
+        message.ParseFromString(body)
     except DecodeError as error:
         raise ImageError(f"is no {expected.__name__}: {error}") from error
+    message.DiscardUnknownFields()
+    try:
+        if message.SerializeToString() == body:  # what was discarded, or is missing, would be missing here
+            return message
+    except EncodeError:
+        pass
+    message.ParseFromString(body)
+    _judge(message, expected)
+    return message
+
+
+def _judge(message: Message, expected: type[Message]) -> None:
+    """Whether a message lacks something or says too much, or is only not written as we would."""
     if not message.IsInitialized():
         missing = ", ".join(message.FindInitializationErrors())  # type: ignore[attr-defined]
         strange = _strange(message)  # a required enum with an unknown value is missing and strange
         raise ImageError(f"lacks {missing}" + (f" ({strange})" if strange else ""))
     size = message.ByteSize()
-    message.DiscardUnknownFields()
-    if message.ByteSize() != size:
-        message.ParseFromString(body)  # type: ignore[arg-type]
+    known = expected()
+    known.CopyFrom(message)
+    known.DiscardUnknownFields()
+    if known.ByteSize() != size:
         raise ImageError(
             f"says something that this version does not know: {_strange(message)}",
             advice="it may come from a newer version, or from another architecture",
         )
-    return message
 
 
 def _strange(message: Message) -> str:

@@ -50,19 +50,47 @@ def test_a_table_of_another_length_travels_as_a_whole() -> None:
     assert delta.apply(EARLY, delta.Known(EARLY).delta(shorter)).to_bytes() == shorter.to_bytes()
 
 
+def test_only_files_that_differ_travel() -> None:
+    """In whatever order the kinds were looked at; not where those of one kind were met in another order."""
+    turned, swapped, twice = Checkpoint(), Checkpoint(), checkpoint(1, 0, b"abc")
+    for stem, ident in reversed(LATE.files()):
+        turned.adopt(stem, ident, LATE.records(stem, ident))
+    told = delta.Known(EARLY).delta(turned)
+    assert b"fs-7" not in told
+    assert b"fdinfo-1" in told
+    made = delta.apply(EARLY, told)
+    assert {file: made.records(*file) for file in made.files()} == {file: LATE.records(*file) for file in LATE.files()}
+
+    twice.put("fs", 8, fs_pb2.fs_entry(cwd_id=1, root_id=2))
+    for stem, ident in [("fs", 8), ("fs", 7), ("fdinfo", 1), ("pipes-data", None)]:
+        swapped.adopt(stem, ident, twice.records(stem, ident))
+    made = delta.apply(twice, delta.Known(twice).delta(swapped))
+    assert made.files() == swapped.files()
+
+
+def test_what_is_known_stays_as_it_was() -> None:
+    before = checkpoint(1, 0, b"abc")
+    delta.apply(before, delta.Known(EARLY).delta(LATE))
+    assert before.to_bytes() == EARLY.to_bytes()
+
+
 def test_a_delta_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ImageError, match="not known"):
-        delta.apply(Checkpoint(), delta.Known(EARLY).delta(LATE))
+    other = Checkpoint()
+    for number in (1, 2, 3):
+        other.put("fs", number, fs_pb2.fs_entry(cwd_id=1, root_id=2))
+    for before in (Checkpoint(), other):
+        with pytest.raises(ImageError, match="known"):
+            delta.apply(before, delta.Known(EARLY).delta(LATE))
 
 
-def test_a_delta_that_is_cut_short_is_refused_or_lacks_files() -> None:
-    whole = delta.Known(EARLY).delta(LATE)
-    for size in range(len(whole)):
-        try:
-            made = delta.apply(EARLY, whole[:size])
-        except ImageError:
-            continue
-        assert len(made.files()) < len(LATE.files())
+def test_a_delta_that_is_cut_short_or_goes_on_is_refused() -> None:
+    for before in (EARLY, Checkpoint()):
+        whole = delta.Known(before).delta(LATE)
+        for size in range(len(whole)):
+            with pytest.raises(ImageError):
+                delta.apply(before, whole[:size])
+        with pytest.raises(ImageError, match="goes on"):
+            delta.apply(before, whole + b"x")
 
 
 def test_a_damaged_delta_is_an_image_error_at_worst() -> None:

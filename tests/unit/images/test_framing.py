@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from phaul_engine.errors import ImageError
-from phaul_engine.images.framing import Record, decode, encode, head_of, pack_ipc_messages, unpack_ipc_messages
+from phaul_engine.images.framing import (
+    Record,
+    decode,
+    encode,
+    head_of,
+    pack_ipc_messages,
+    parse_message,
+    unpack_ipc_messages,
+)
 from phaul_engine.images.kinds import KINDS, Kind, parse_name
 from phaul_engine.images.pb import (
     core_pb2,
@@ -73,6 +81,17 @@ def test_bytes_of_a_process_tree() -> None:
     entry = pstree_pb2.pstree_entry(pid=7, ppid=0, pgid=7, sid=3, threads=[7, 8])
     expected = "19435654 30302750 0c000000 08071000 18072003 28072808"  # threads are not packed
     assert encode(KINDS["pstree"], [Record(entry)], "x").hex(" ", 4) == expected
+
+
+def test_a_message_that_is_written_otherwise_is_read_all_the_same() -> None:
+    """By whoever packs what we do not, or has another order; but nothing strange in it is passed over."""
+    entry = pstree_pb2.pstree_entry(pid=7, ppid=0, pgid=7, sid=3, threads=[7, 8])
+    otherwise = bytes.fromhex("2a020708 2003 1807 1000 0807")
+    assert parse_message(pstree_pb2.pstree_entry, otherwise) == entry
+    with pytest.raises(ImageError, match="does not know"):
+        parse_message(pstree_pb2.pstree_entry, otherwise + bytes.fromhex("a00601"))
+    with pytest.raises(ImageError, match="lacks pid"):
+        parse_message(pstree_pb2.pstree_entry, otherwise[:-2])
 
 
 def test_queue_of_a_pipe_follows_its_record() -> None:
