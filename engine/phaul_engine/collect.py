@@ -166,9 +166,13 @@ class Collector:
         return network_files.kept(self._memory)
 
     def note_guards(self, pid: int, changed: Extents) -> None:
-        """Which guard pages stand where memory of a stopped process changed since the last survey: with these, the pass
-        that follows need not walk all of its page tables."""
-        self._new_guards[pid] = changed
+        """Which guard pages stood where memory of a process changed, as each scan since the last survey saw it: with
+        these, the pass in the freeze need not walk all of its page tables."""
+        self._new_guards.setdefault(pid, Extents()).append(changed, Kind.DATA)
+
+    def forget_guards(self, pid: int) -> None:
+        """A scan did not tell what changed: the next pass looks everywhere."""
+        self._guards.pop(pid, None)
 
     def _find_guards(self, member: Member, *, survey: bool) -> Extents:
         known, changed = self._guards.get(member.pid), self._new_guards.pop(member.pid, None)

@@ -190,8 +190,7 @@ class Departure:
         self._forget_anew()
         for space in self._spaces.values():
             with contextlib.suppress(GoneError), self._standing(space, needed=number > 0):
-                for extents in self._scan(space, clear=True):
-                    self.page_source.send(space.number, extents)
+                self._send_space(space, clear=True)
                 space.sent, space.lost, space.anew = True, False, []
         for shmid, shared in self._shared.items():
             compare = shared.memory.lost or (shared.sent and shared.touched())
@@ -274,14 +273,7 @@ class Departure:
         """Send what changed since the last round, and nothing will change again."""
         self._forget_anew()
         for space in self._spaces.values():
-            whole = not space.sent or space.lost or space.tracker.needs_stop
-            changed = Extents()  # guard pages among what changed: the others are where they were
-            for extents in self._scan(space, clear=False):
-                if not whole:
-                    space.tracker.find_guards(extents, changed)
-                self.page_source.send(space.number, extents)
-            if not whole:
-                self._collector.note_guards(space.pid, changed)
+            self._send_space(space, clear=False)
             if self._devices_write:
                 self.page_source.send(space.number, present(space.proc, space.areas), compare=True)
         for shmid, shared in self._shared.items():
@@ -362,6 +354,19 @@ class Departure:
         for space in self._spaces.values():
             for start, end in space.anew:
                 self.page_source.forget(space.number, start, end)
+
+    def _send_space(self, space: _Space, *, clear: bool) -> None:
+        """Send what changed in an address space; guard pages that came are among it, and the others where they were."""
+        whole = not space.sent or space.lost or bool(space.anew) or space.tracker.needs_stop
+        changed = Extents()
+        for extents in self._scan(space, clear=clear):
+            if not whole:
+                space.tracker.find_guards(extents, changed)
+            self.page_source.send(space.number, extents)
+        if whole:
+            self._collector.forget_guards(space.pid)
+        else:
+            self._collector.note_guards(space.pid, changed)
 
     def _scan(self, space: _Space, *, clear: bool) -> Iterator[Extents]:
         """What is to be sent of an address space."""

@@ -172,6 +172,7 @@ class Tree:
         self.begun = time.monotonic()  # when its stop began
         self.processes: dict[int, Process] = {}
         self._states: Any = None
+        self._asking: Asking | None = None  # that may not be over yet
         self._held = True
         self._cleanup = contextlib.ExitStack()
         self._cleanup.callback(self.let_go)
@@ -202,6 +203,7 @@ class Tree:
 
     def read_states(self) -> None:
         """Read registers and all that ptrace tells of every thread, taking back the EINTR that our stop caused."""
+        self.over()
         threads = self.threads
         self._states = ffi.new("struct ph_thread_state[]", len(threads))
         for index, thread in enumerate(threads):
@@ -216,6 +218,7 @@ class Tree:
 
         `known` are areas of processes, by pid; those of others are read. TargetError if a thread stays in it.
         """
+        self.over()
         tids, bounds = [], []
         for process in self.processes.values():
             areas = (known or {}).get(process.pid) or process.areas()
@@ -232,6 +235,7 @@ class Tree:
         """The siginfo of each queued signal: the thread's own, or its process's."""
         if not thread.state.queued & (2 if shared else 1):
             return []
+        self.over()
         capacity = 64
         while True:
             room = ffi.new("char[]", capacity * _SIGINFO_SIZE)
@@ -245,6 +249,7 @@ class Tree:
 
     def seccomp_filters(self, thread: Thread, known: Sequence[Filter] = ()) -> tuple[Filter, ...]:
         """The filters of a thread, oldest first; `known` as above."""
+        self.over()
         return seccomp_filters(self.tracer, thread.tid, known)
 
     def ask(self, visits: Sequence[Visit], timeout_ms: int = 5000) -> dict[int, Results]:
@@ -256,12 +261,22 @@ class Tree:
             return asking.answers()
 
     def asking(self, visits: Sequence[Visit], timeout_ms: int = 5000) -> Asking:
-        """The same, where something else is done meanwhile, for which no tracer is needed: a context manager."""
-        return Asking(self, [visit for visit in visits if visit.programs], timeout_ms)
+        """The same, where something else is done meanwhile: a context manager. What needs the tracer waits until all
+        threads are out again, which takes a little longer than their answers."""
+        self.over()
+        self._asking = Asking(self, [visit for visit in visits if visit.programs], timeout_ms)
+        return self._asking
+
+    def over(self) -> None:
+        """Wait until nothing is injected any more. TargetError if that fails."""
+        asking, self._asking = self._asking, None
+        if asking is not None:
+            asking.end()
 
     @contextlib.contextmanager
     def interpreter(self, process: Process, gadgets: Gadgets, areas: Sequence[Area]) -> Iterator[Interpreter]:
         """Inject an interpreter into a process whose thread states have been read; it is cured at the end."""
+        self.over()
         interpreter = Interpreter(self.tracer, process, gadgets, areas)
         try:
             yield interpreter
@@ -274,6 +289,8 @@ class Tree:
             return
         self._held = False
         with contextlib.suppress(EngineError):  # some may have ended
+            self.over()
+        with contextlib.suppress(EngineError):
             if self._states is None:  # that takes back what the stop has made of calls
                 self.read_states()
             else:
@@ -339,9 +356,9 @@ class Asking:
             question.answer = room
 
     def answers(self) -> dict[int, Results]:
-        """What the threads said, by tid, when all have."""
-        native, self._native = self._native, ffi.NULL
-        check(lib.ph_visit_end(native), self._err)
+        """What the threads said, by tid, when all have. They may be on their way out still: see `end`."""
+        if not lib.ph_visit_await(self._native):
+            self.end()
         results = {}
         for question, room, (_, tid, program) in zip(self._questions, self._rooms, self._asked, strict=True):
             if question.error:
@@ -352,10 +369,15 @@ class Asking:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def end(self) -> None:
+        """Wait until all threads are where they were. TargetError if one did not answer, or did not get back."""
         native, self._native = self._native, ffi.NULL
         if native:
-            lib.ph_visit_end(native)
+            check(lib.ph_visit_end(native), self._err)
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        with contextlib.suppress(EngineError) if kind else contextlib.nullcontext():
+            self.end()
 
 
 class Interpreter:

@@ -107,8 +107,9 @@ def test_guard_pages_come_along(program: int, status: Path) -> None:
     assert status.read_text() == _AS_IT_BEGAN
 
 
-def test_guard_pages_that_change_between_rounds(program: int, status: Path) -> None:
-    """What the last scan says of changed pages, and where they were before, make the list in the freeze."""
+@pytest.mark.parametrize("when", range(3))
+def test_guard_pages_that_change_between_rounds(program: int, status: Path, when: int) -> None:
+    """What scans since the survey say of changed pages, and where they were before, make the list in the freeze."""
     there = os.memfd_create("memory")  # what the page stream brings, at its addresses
     os.truncate(there, 1 << 47)
     source, sink = page_pair(1)
@@ -118,23 +119,23 @@ def test_guard_pages_that_change_between_rounds(program: int, status: Path) -> N
         before = _guards(survey.checkpoint, program)
         sink.add(program, Place(0, there))
         departure.connect(source)
-        for number in range(2):
+        for number in range(3):
             sink.allow(number)
             if departure.changed():
                 departure.survey(timeout_ms=1000)
             departure.send_round(number)
             sink.wait(number, 10)
-            if number == 0:
+            if number == when:
                 os.kill(program, signal.SIGUSR1)
                 wait_until(lambda: status.read_text() == _CHANGED, "the program has changed its guards")
         departure.freeze(timeout_ms=1000)
-        sink.allow(2)
+        sink.allow(3)
         if same := not departure.changed():
-            departure.send_last(2)
+            departure.send_last(3)
         checkpoint = departure.collect(hold=lambda: None, seal=lambda _: None, note=lambda _: None)
         if not same:
-            departure.send_last(2)
-        sink.wait(2, 10)
+            departure.send_last(3)
+        sink.wait(3, 10)
         pages = private_pages(program, checkpoint)
         ours = [(address, content) for address, content in pages if address < 0x50000000]
         assert ours == [(address, os.pread(there, 4096, address)) for address, _ in ours]
