@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self, TypeAlias
 
@@ -37,7 +37,7 @@ from .proc.tree import read_tree
 from .program import Program, Results
 from .survey import judge_threads, judge_tree
 from .syscalls import NR
-from .target import Asking, Filter, Thread, Tree, Visit
+from .target import Asking, Filter, Process, Thread, Tree, Visit
 
 __all__ = ["Collector", "Member", "catalogue"]
 
@@ -224,23 +224,29 @@ class Collector:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def begin(self, tree: Tree, *, survey: bool) -> None:
+    def begin(self, tree: Tree, *, survey: bool, same: Mapping[int, bytes] | None = None) -> None:
         """The first part of a pass. Threads are being asked when it returns: what needs no tracer may be done before
-        `collect`, which goes on from here; `drop` if it is not to."""
+        `collect`, which goes on from here; `drop` if it is not to. With `same`, tasks and areas are known to be as at
+        the last pass, and threads are asked before all else; these are the texts of /proc/PID/maps, by pid, which then
+        tell of what is injected too."""
         self.drop()
         with contextlib.ExitStack() as stack:
             collection = Collection(Checkpoint(), survey=survey, options=self.options, memory=self._memory)
             now = tree_clocks(next(iter(tree.processes.values())).proc)  # what sleeps have left counts from the stop
             tree.read_states()
             judge_threads(tree.threads)
-            members = self._meet(tree, stack, survey=survey)
+            visits = None if same is None else self._as_before(tree)
+            asking = None if visits is None else stack.enter_context(tree.asking(visits))
+            members = self._meet(tree, stack, {} if visits is None else same or {}, survey=survey)
             passing = stack.enter_context(contextlib.ExitStack())
             passing.enter_context(collection.passing)
             living = [member for member in members if not member.process.zombie]
             collection.nested += [(one.numbers, self._census.space(one.pid)) for one in living if one.nested]
             sysv_shm.collect(self._areas(living), collection)
             files = passing.enter_context(FilesPass(self._files, collection))
-            asking = stack.enter_context(tree.asking(self._visits(living)))
+            if asking is None:
+                visits = [self._visit(member.process, member.areas) for member in living]
+                asking = stack.enter_context(tree.asking(visits))
             self._pass = _Pass(tree, collection, now, members, living, files, asking, stack.pop_all(), passing)
 
     def drop(self) -> None:
@@ -288,6 +294,7 @@ class Collector:
                 for member in begun.living:
                     visit = Visit(member.process, self._gadgets[member.pid], member.areas, {})
                     surrender.from_inside(tree, visit, begun.files.locks(member.files))
+            tree.over()
             hold()
             self._collect_dead(members, collection)
             if survey:
@@ -304,7 +311,9 @@ class Collector:
                 judge_tree(members, collection)
         return collection
 
-    def _meet(self, tree: Tree, stack: contextlib.ExitStack, *, survey: bool) -> list[Member]:
+    def _meet(
+        self, tree: Tree, stack: contextlib.ExitStack, texts: Mapping[int, bytes], *, survey: bool
+    ) -> list[Member]:
         """The processes, what they are called, and their areas."""
         members: list[Member] = []
         for process in tree.processes.values():
@@ -314,7 +323,7 @@ class Collector:
         living = [member for member in members if not member.process.zombie]
         self._find_tops(living, stack)
         for member in living:
-            member.areas = self._read_areas(member, survey=survey)
+            member.areas = self._read_areas(member, texts.get(member.pid), survey=survey)
         return members
 
     def _find_tops(self, members: list[Member], stack: contextlib.ExitStack) -> None:
@@ -356,7 +365,7 @@ class Collector:
                     way = None if process.pid in self._gadgets else search_gadgets(process.pid, areas)
                     self._seen[process.pid] = areas, way
 
-    def _read_areas(self, member: Member, *, survey: bool) -> list[Area]:
+    def _read_areas(self, member: Member, text: bytes | None, *, survey: bool) -> list[Area]:
         """The areas of a process. While it stands, smaps would walk all page tables: where maps says that nothing
         moved, the flags are those of a moment before, or, in the freeze, of the last survey (advice that changes splits
         or joins areas, in all but rare cases)."""
@@ -367,7 +376,8 @@ class Collector:
             if way is not None:
                 self._gadgets.setdefault(member.pid, way)
             return seen
-        known, text = self._mapped.get(member.pid), read_bytes(member.process.proc, "maps")
+        known = self._mapped.get(member.pid)
+        text = read_bytes(member.process.proc, "maps") if text is None else text
         if known is not None and known.text != text and _bounds(known.areas) == _bounds(parse_maps(text)):
             known.text = text
         return known.areas if known is not None and known.text == text else read_smaps(member.process.proc)
@@ -391,20 +401,26 @@ class Collector:
         collection.inner_pids.update(found)
         self._names = found
 
-    def _visits(self, members: list[Member]) -> list[Visit]:
-        """What every thread is asked."""
+    def _as_before(self, tree: Tree) -> list[Visit] | None:
+        """What every thread is asked, by what is known of the processes; None if one executes another program now."""
         visits = []
-        for member in members:
-            process = member.process
-            if process.pid not in self._gadgets:
-                self._gadgets[process.pid] = find_gadgets(process.pid, member.areas)
-            programs = {
-                thread.tid: standing(thread is process.driver).program
-                for thread in process.threads
-                if not thread.zombie
-            }
-            visits.append(Visit(process, self._gadgets[process.pid], member.areas, programs))
+        for process in tree.processes.values():
+            if process.zombie:
+                continue
+            known = self._known.get(process.pid)
+            if known is None or process.pid not in self._mapped or known.executed:
+                return None
+            visits.append(self._visit(process, self._mapped[process.pid].areas))
         return visits
+
+    def _visit(self, process: Process, areas: list[Area]) -> Visit:
+        """What the threads of a process are asked."""
+        if process.pid not in self._gadgets:
+            self._gadgets[process.pid] = find_gadgets(process.pid, areas)
+        programs = {
+            thread.tid: standing(thread is process.driver).program for thread in process.threads if not thread.zombie
+        }
+        return Visit(process, self._gadgets[process.pid], areas, programs)
 
     def _collect_tasks(
         self,

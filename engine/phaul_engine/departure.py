@@ -113,6 +113,7 @@ class Departure:
         self._shared: dict[int, _Shared] = {}
         self._shape: object = None
         self._moved: bool | None = None  # what `changed` found in this freeze, in which nothing moves any more
+        self._texts: dict[int, bytes] = {}  # of the areas of the frozen tree, by pid
         self._told = Checkpoint()  # the images that the destination has
         self._tree: Tree | None = None
         self._track = Backend.WP_ASYNC in available()
@@ -237,7 +238,7 @@ class Departure:
         to be seen first (`changed`), nor where pages must not be touched any more: what is injected leaves signal
         frames in unused stack."""
         with looking():
-            self._collector.begin(self._frozen, survey=False)
+            self._collector.begin(self._frozen, survey=False, same=self._texts)
 
     @property
     def stopped_at(self) -> float:
@@ -459,8 +460,9 @@ class Departure:
     def _look(self, tree: Tree | None) -> object:
         """Tasks and areas, as one value to compare. A stopped tree is known already but for its areas."""
         if tree is not None:
+            self._texts = {one.pid: _areas(one.proc) for one in tree.processes.values()}
             return sorted(
-                _shape(read_stat(one.proc), (thread.tid for thread in one.threads), _areas(one.proc))
+                _shape(read_stat(one.proc), (thread.tid for thread in one.threads), self._texts[one.pid])
                 for one in tree.processes.values()
             )
         shapes = []

@@ -178,6 +178,10 @@ struct ph_visiting *ph_visit_begin (struct ph_tracer *tracer, struct ph_visit *v
 				    struct ph_question *questions, size_t count, int timeout_ms, struct ph_error *err);
 int ph_visit_end (struct ph_visiting *visiting);
 
+/* Between the two: wait until all have answered, while threads are still on their way out. Whether they have; if not, the
+   second call tells why. */
+int ph_visit_await (struct ph_visiting *visiting);
+
 /* Ring the interpreters in these slots of an arena and wait until all are done. Events of traced tasks (births) are
    handled meanwhile. Fails with ETIMEDOUT, or ECHILD naming a task that died or was hit by a signal. */
 int ph_run (struct ph_tracer *tracer, void *arena, const int32_t *slots, const int32_t *tids, size_t count,

@@ -168,8 +168,8 @@ interp_main (struct ph_slot *slot)
 {
 	slot->tid = (uint32_t) raw_syscall (__NR_gettid, 0, 0, 0, 0, 0, 0);
 	uint32_t seen = PH_SLOT_FREE;
-	__atomic_compare_exchange_n (&slot->state, &seen, PH_SLOT_IDLE, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
-	wake (&slot->state);
+	if (__atomic_compare_exchange_n (&slot->state, &seen, PH_SLOT_IDLE, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+		wake (&slot->state);
 	for (;;)
 		{
 			uint32_t state = __atomic_load_n (&slot->state, __ATOMIC_ACQUIRE);

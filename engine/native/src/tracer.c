@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -20,6 +21,8 @@
 #define SPIN_US 60
 #define D_STATE_US 100000
 #define SPINS 12   /* looks at a task that is about to stop, before it gets our CPU */
+#define FIRST_LOOKS 3      /* after */
+#define FIRST_LOOK_NS 50000l /* each: it may have no CPU */
 #define LOOK_NS 10000000l /* from look to look at one that does not stop */
 #define STOP_EVENT(status) ((unsigned) (status) >> 16)
 
@@ -37,7 +40,56 @@ struct ph_tracer {
 	struct ph_error *err;
 	long result;
 	bool pending, done, quit;
+	pid_t busy;             /* the caller, if it goes on meanwhile */
+	int lent;               /* the processor that it was called to, -1 if it was not */
+	cpu_set_t where;        /* it may run, but for that */
 };
+
+static _Thread_local struct ph_tracer *ourselves;
+
+/* The processor that a task is on, or was on last (proc_pid_stat(5), field 39); -1 if it cannot be told. */
+static int
+processor_of (pid_t tid)
+{
+	char path[64], line[1024];
+	int processor = -1;
+
+	snprintf (path, sizeof (path), "/proc/%d/stat", tid);
+	cleanup_close int fd = open (path, O_RDONLY | O_CLOEXEC);
+	ssize_t got = fd < 0 ? 0 : read (fd, line, sizeof (line) - 1);
+	line[got > 0 ? got : 0] = '\0';
+	const char *field = strrchr (line, ')');
+	for (int number = 2; field && number < 39; number++)
+		field = strchr (field + 1, ' ');
+	return field && sscanf (field, " %d", &processor) == 1 ? processor : -1;
+}
+
+void
+trace_make_way (pid_t tid)
+{
+	struct ph_tracer *tracer = ourselves;
+	int here = sched_getcpu (), there;
+	cpu_set_t only;
+
+	if (!tracer->busy || here < 0 || here >= CPU_SETSIZE || tracer->lent == here)
+		return;
+	there = processor_of (tid);
+	if (there < 0 || there == here || there != (tracer->lent < 0 ? processor_of (tracer->busy) : tracer->lent)
+	    || (tracer->lent < 0 && sched_getaffinity (tracer->busy, sizeof (tracer->where), &tracer->where) < 0))
+		return;
+	CPU_ZERO (&only);
+	CPU_SET (here, &only);
+	if (sched_setaffinity (tracer->busy, sizeof (only), &only) == 0)
+		tracer->lent = here;
+}
+
+static void
+free_caller (struct ph_tracer *tracer)
+{
+	if (tracer->lent >= 0)
+		sched_setaffinity (tracer->busy, sizeof (tracer->where), &tracer->where);
+	tracer->lent = -1;
+}
 
 /* Inside the freeze one job follows the other within microseconds: to sleep and be woken for each would cost more than
    the jobs. */
@@ -73,7 +125,7 @@ make_alarm (void)
 static void *
 tracer_main (void *argument)
 {
-	struct ph_tracer *tracer = argument;
+	struct ph_tracer *tracer = ourselves = argument;
 
 	prctl (PR_SET_NAME, "phaul-tracer");
 	prctl (PR_SET_TIMERSLACK, 1ul); /* its naps are of 20 us, the usual slack 50 */
@@ -89,6 +141,7 @@ tracer_main (void *argument)
 			tracer->pending = false;
 			pthread_mutex_unlock (&tracer->lock);
 			long result = tracer->job (tracer->args, tracer->err);
+			free_caller (tracer);
 			pthread_mutex_lock (&tracer->lock);
 			tracer->result = result;
 			__atomic_store_n (&tracer->done, true, __ATOMIC_RELEASE);
@@ -111,6 +164,7 @@ ph_tracer_new (struct ph_error *err)
 			ph_fail (err, ENOMEM, "tracer");
 			return NULL;
 		}
+	tracer->lent = -1;
 	pthread_mutex_init (&tracer->call_lock, NULL);
 	pthread_mutex_init (&tracer->lock, NULL);
 	pthread_cond_init (&tracer->changed, NULL);
@@ -137,18 +191,25 @@ ph_tracer_free (struct ph_tracer *tracer)
 	free (tracer);
 }
 
-void
-ph_tracer_begin (struct ph_tracer *tracer, ph_job job, void *args, struct ph_error *err)
+static void
+begin (struct ph_tracer *tracer, ph_job job, void *args, pid_t busy, struct ph_error *err)
 {
 	pthread_mutex_lock (&tracer->call_lock);
 	pthread_mutex_lock (&tracer->lock);
 	tracer->job = job;
 	tracer->args = args;
 	tracer->err = err;
+	tracer->busy = busy;
 	tracer->done = false;
 	__atomic_store_n (&tracer->pending, true, __ATOMIC_RELEASE);
 	pthread_cond_broadcast (&tracer->changed);
 	pthread_mutex_unlock (&tracer->lock);
+}
+
+void
+ph_tracer_begin (struct ph_tracer *tracer, ph_job job, void *args, struct ph_error *err)
+{
+	begin (tracer, job, args, (pid_t) syscall (SYS_gettid), err);
 }
 
 long
@@ -167,7 +228,7 @@ ph_tracer_end (struct ph_tracer *tracer)
 long
 ph_tracer_call (struct ph_tracer *tracer, ph_job job, void *args, struct ph_error *err)
 {
-	ph_tracer_begin (tracer, job, args, err);
+	begin (tracer, job, args, 0, err);
 	return ph_tracer_end (tracer);
 }
 
@@ -215,14 +276,14 @@ set_alarm (long nanoseconds)
 
 /* waitpid, which sleeps until the task has changed, but not for long: 0, or -1 with EINTR, if it has not. */
 static pid_t
-wait_a_while (pid_t tid, int *status)
+wait_a_while (pid_t tid, long nanoseconds, int *status)
 {
 	if (!waits_end_set)
 		{
 			nanosleep (&(struct timespec){ .tv_nsec = 20000 }, NULL);
 			return waitpid (tid, status, __WALL | WNOHANG);
 		}
-	set_alarm (LOOK_NS);
+	set_alarm (nanoseconds);
 	pid_t got = waitpid (tid, status, __WALL);
 	int reason = errno;
 	set_alarm (0);
@@ -239,11 +300,14 @@ wait_change (pid_t tid, int64_t deadline, int *status, struct ph_error *err)
 
 	for (unsigned round = 0;; round++)
 		{
-			pid_t got = round < SPINS ? waitpid (tid, status, __WALL | WNOHANG) : wait_a_while (tid, status);
+			long look = round < SPINS + FIRST_LOOKS ? FIRST_LOOK_NS : LOOK_NS;
+			pid_t got = round < SPINS ? waitpid (tid, status, __WALL | WNOHANG) : wait_a_while (tid, look, status);
 			if (got == tid)
 				return 0;
 			if (got < 0 && errno != EINTR)
 				return ph_fail (err, ESRCH, "task %d is gone", tid);
+			if (round >= SPINS)
+				trace_make_way (tid);
 			char state = round >= SPINS && ph_now_us () - begun > D_STATE_US ? trace_state (tid) : 0;
 			if (state == 'Z') /* a leader, whose end is not told while we have other threads to reap */
 				return ph_fail (err, ESRCH, "task %d has ended", tid);

@@ -43,6 +43,11 @@ int trace_call_begin (pid_t tid, const struct user_regs_struct *regs, struct ph_
 int trace_call_enter (pid_t tid, bool *held_stop, struct ph_error *err);
 int trace_call_end (pid_t tid, bool held_stop, long *result, struct ph_error *err);
 
+/* Task `tid`, which is waited for, has done nothing for a while. If the caller goes on meanwhile, it may be in its way: it
+   is as urgent as we are, and on a host with few processors the task would wait until it is done. If they are on the same
+   processor, the caller is called to ours, and goes on there while we sleep, until the job is over. */
+void trace_make_way (pid_t tid);
+
 /* PTRACE_INTERRUPT and wait for the stop. */
 int trace_interrupt (pid_t tid, int64_t deadline, struct ph_error *err);
 

@@ -19,8 +19,12 @@
 
 #define HEAD 1024
 #define SPINS 200
-#define NAP_US 100
+#define NAP_US 60
 #define NAPS 64 /* between two looks whether it still lives: the end of a leader is not told before that of its threads */
+#define WAITING 0
+#define ANSWERED 1
+#define FAILED 2
+#define CALLER_SPIN_US 60
 #define PATIENCE_MS 2000 /* an interpreter whose engine is silent for so long goes home by itself */
 #define ROOM (PH_SLOT_SIZE - PH_SLOT_STACK - PH_SLOT_FRAME - 2048)
 
@@ -29,6 +33,7 @@ struct visit_job {
 	struct ph_question *questions;
 	size_t visit_count, count;
 	int timeout_ms;
+	uint32_t answered; /* a futex: all have answered, or something has failed */
 };
 
 static struct ph_visit *
@@ -118,6 +123,8 @@ await (const struct visit_job *job, struct ph_question *question, int64_t deadli
 				return -1;
 			if (round % NAPS == NAPS - 1 && round > SPINS && trace_state (question->state->tid) == 'Z')
 				return ph_fail (err, ESRCH, "task %d has ended", question->state->tid);
+			if (round > SPINS + 1 && !__atomic_load_n (&slot->tid, __ATOMIC_RELAXED))
+				trace_make_way (question->state->tid);
 			if (round > SPINS)
 				syscall (SYS_futex, &slot->state, FUTEX_WAIT, state, &(struct timespec){ .tv_nsec = NAP_US * 1000 },
 					 NULL, 0);
@@ -170,6 +177,13 @@ is_inside (const struct visit_job *job, size_t index, size_t count)
 	return false;
 }
 
+static void
+tell (uint32_t *word, uint32_t value)
+{
+	__atomic_store_n (word, value, __ATOMIC_RELEASE);
+	syscall (SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+}
+
 static long
 visit (void *argument, struct ph_error *err)
 {
@@ -189,6 +203,7 @@ visit (void *argument, struct ph_error *err)
 		}
 	if (result == 0)
 		result = ask (job, entered, &count, err);
+	tell (&job->answered, result == 0 ? ANSWERED : FAILED);
 	/* whatever failed, all threads go back to where they were; the first error is the one to tell */
 	if (inject_leave (entered, count, result < 0 ? &second : err) < 0)
 		result = -1;
@@ -220,12 +235,26 @@ ph_visit_begin (struct ph_tracer *tracer, struct ph_visit *visits, size_t visit_
 			ph_fail (err, ENOMEM, "ask %zu threads", count);
 			return NULL;
 		}
-	*visiting = (struct ph_visiting){ tracer, { visits, questions, visit_count, count, timeout_ms } };
+	*visiting = (struct ph_visiting){ tracer, { visits, questions, visit_count, count, timeout_ms, WAITING } };
 	for (size_t i = 0; i < visit_count; i++)
 		visits[i].injection = (struct ph_injection){ .tid = visits[i].state->tid, .slots = visits[i].slots + 1,
 							     .spare = visits[i].spare, .spare_size = visits[i].spare_size };
 	ph_tracer_begin (tracer, visit, &visiting->job, err);
 	return visiting;
+}
+
+int
+ph_visit_await (struct ph_visiting *visiting)
+{
+	uint32_t *word = &visiting->job.answered, now;
+	int64_t end = ph_now_us () + CALLER_SPIN_US;
+
+	while ((now = __atomic_load_n (word, __ATOMIC_ACQUIRE)) == WAITING)
+		if (ph_now_us () < end)
+			__builtin_ia32_pause ();
+		else
+			syscall (SYS_futex, word, FUTEX_WAIT_PRIVATE, WAITING, NULL, NULL, 0);
+	return now == ANSWERED;
 }
 
 int
