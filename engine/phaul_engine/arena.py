@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .errors import RebuildError, TargetError
 from .native import check, error_text, failure, ffi, lib, new_error
-from .program import Buf, Program, Results
+from .program import Buf, Program, Results, going_on
 
 _HEAD = 1024
+_ALIGNED = 8
 _LIMIT = lib.PH_SLOT_SIZE - lib.PH_SLOT_STACK - lib.PH_SLOT_FRAME - 2048
 
 
@@ -20,6 +21,20 @@ class Seat(NamedTuple):
 
     slot: int
     tid: int
+
+
+def loads(programs: Iterable[Program]) -> list[list[Program]]:
+    """Programs that are to run one after the other, by what fits into a slot at once."""
+    packed: list[list[Program]] = []
+    room = 0
+    for program in programs:
+        size = program.size + _ALIGNED
+        if size > room:
+            packed.append([])
+            room = _LIMIT - _HEAD
+        packed[-1].append(program)
+        room -= size
+    return packed
 
 
 def failed(program: Program, head: Any, tid: int) -> TargetError:
@@ -36,22 +51,31 @@ class Arena:
     def __init__(self, pointer: Any, slots: int) -> None:
         self.pointer = ffi.cast("char *", pointer)
         self.slots = slots
+        self._loaded: dict[int, dict[int, Program]] = {}  # what a slot holds, by offset
 
-    def load(self, slot: int, program: Program) -> None:
-        """Write a program into a slot."""
-        code, buffer = program.assemble()
-        if _HEAD + len(code) + len(buffer) > _LIMIT:
-            raise RebuildError(f"a program of {len(code) // 64} instructions and {len(buffer)} bytes is too large")
-        head = self._head(slot)
-        at = _HEAD + len(code)
-        base = self.pointer + slot * lib.PH_SLOT_SIZE
-        ffi.memmove(base + _HEAD, code, len(code))
-        ffi.memmove(base + at, buffer, len(buffer))
-        head.program, head.buffer, head.count = _HEAD, at, len(program.steps)
+    def load(self, slot: int, programs: Sequence[Program]) -> None:
+        """Write programs into a slot, to run one after the other."""
+        base, at, before = self.pointer + slot * lib.PH_SLOT_SIZE, _HEAD, 0
+        loaded = self._loaded[slot] = {}
+        for program in programs:
+            code, buffer = program.assemble()
+            room = at + len(code)
+            if room + len(buffer) > _LIMIT:
+                raise RebuildError(f"a program of {len(code) // 64} instructions and {len(buffer)} bytes is too large")
+            ffi.memmove(base + at, code, len(code))
+            ffi.memmove(base + room, buffer, len(buffer))
+            if before:
+                step = going_on(at, room, len(program.steps) + 1)
+                ffi.memmove(base + before - len(step), step, len(step))
+            else:
+                head = self._head(slot)
+                head.program, head.buffer, head.count = at, room, len(program.steps) + 1
+            loaded[at] = program
+            before, at = room, room + len(buffer) + -len(buffer) % _ALIGNED
 
     def lend(self, slot: int, content: bytes) -> int:
-        """Put bytes where programs of a slot stand; returns their offset in the arena."""
-        at: int = slot * lib.PH_SLOT_SIZE + _HEAD
+        """Put up to 1 KiB where no program of a slot stands; returns its offset in the arena."""
+        at: int = slot * lib.PH_SLOT_SIZE + _LIMIT
         ffi.memmove(self.pointer + at, content, len(content))
         return at
 
@@ -61,11 +85,11 @@ class Arena:
         ffi.memmove(head, bytes(ffi.sizeof("struct ph_slot")), ffi.sizeof("struct ph_slot"))
         head.arena = address
 
-    def check(self, seat: Seat, program: Program) -> None:
+    def check(self, seat: Seat) -> None:
         """Raise TargetError, naming the instruction, if a program stopped early."""
         head = self._head(seat.slot)
         if head.error:
-            raise failed(program, head, seat.tid)
+            raise failed(self._loaded[seat.slot][head.program], head, seat.tid)
 
     def results(self, slot: int, program: Program) -> Results:
         """What the program left."""
@@ -82,20 +106,20 @@ class Arena:
 
     def run(self, tracer: Any, programs: Mapping[Seat, Program], timeout_ms: int = 10_000) -> dict[Seat, Results]:
         """Run programs, all at once, one in each seat."""
-        self.order(tracer, programs, timeout_ms)
+        self.order(tracer, {seat: [program] for seat, program in programs.items()}, timeout_ms)
         return {seat: self.results(seat.slot, program) for seat, program in programs.items()}
 
     def order(
         self,
         tracer: Any,
-        programs: Mapping[Seat, Program],
+        programs: Mapping[Seat, Sequence[Program]],
         timeout_ms: int = 10_000,
         meanwhile: Callable[[], None] | None = None,
     ) -> None:
-        """The same, where nobody asks for what they leave; TargetError all the same if one stops early. `meanwhile` is
-        done while they run, and needs no tracer."""
-        for seat, program in programs.items():
-            self.load(seat.slot, program)
+        """The same, any number in each, where nobody asks for what they leave; TargetError all the same if one stops
+        early. `meanwhile` is done while they run, and needs no tracer."""
+        for seat, mine in programs.items():
+            self.load(seat.slot, mine)
         slots = ffi.new("int32_t[]", [seat.slot for seat in programs])
         tids = ffi.new("int32_t[]", [seat.tid for seat in programs])
         err = new_error()
@@ -108,12 +132,12 @@ class Arena:
         finally:
             result = lib.ph_run_end(running)
         check(result, err)
-        for seat, program in programs.items():
-            self.check(seat, program)
+        for seat in programs:
+            self.check(seat)
 
     def ring(self, seat: Seat, program: Program) -> None:
-        """Begin a program that does not come to its end. `results` raises if it did, because it failed."""
-        self.load(seat.slot, program)
+        """Begin a program that does not come to its end. `check` raises if it did, because it failed."""
+        self.load(seat.slot, [program])
         lib.ph_ring(self.pointer, seat.slot)
 
     def _head(self, slot: int) -> Any:

@@ -109,7 +109,7 @@ class Bearing:
             aim.stand(program)
         born = program.fork(args, slot, label=f"start task {name.numbers[0]}")
         seat = parent.seats[parent.node.pid]
-        arena.order(self._births.tracer.handle, {seat: program}, meanwhile=aim.shoot if aim else None)
+        arena.order(self._births.tracer.handle, {seat: [program]}, meanwhile=aim.shoot if aim else None)
         seen = number = arena.results(seat.slot, program).value(born)
         spaces, thread = self._births.namespaces, bool(flags & CLONE_THREAD)
         if self._births.init is not None or spaces.numbered or parent.node.space != TREE:

@@ -8,10 +8,10 @@ import resource
 import signal
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from . import catching, plan
+from . import arena, catching, plan
 from .arena import OwnArena, Seat
 from .bearing import CLONE_NEWPID, CLONE_PARENT, Bearing
 from .clocks import Clocks
@@ -117,16 +117,23 @@ class Births:
         seat = task.seats[task.node.pid]
         return self.arena.run(self.tracer.handle, {seat: program})[seat]
 
-    def run_all(self, programs: dict[Seat, Program], meanwhile: Callable[[], None] | None = None) -> None:
-        """Run programs in threads, all at once; one that does not fit into a slot in parts. `meanwhile` is done while
-        the last of them run, and needs no tracer."""
-        parts = {seat: program.parts for seat, program in programs.items()}
-        count = max(map(len, parts.values()), default=0)
+    def run_all(self, programs: Mapping[Seat, Sequence[Program]], meanwhile: Callable[[], None] | None = None) -> None:
+        """Run programs in threads, all at once, those of a thread one after the other: as many as fit into a slot
+        without anybody looking. `meanwhile` is done while the last of them run, and needs no tracer."""
+        loads = {seat: arena.loads([part for one in mine for part in one.parts]) for seat, mine in programs.items()}
+        count = max(map(len, loads.values()), default=0)
         for index in range(count):
-            now = {seat: mine[index] for seat, mine in parts.items() if index < len(mine)}
+            now = {seat: mine[index] for seat, mine in loads.items() if index < len(mine)}
             self.arena.order(self.tracer.handle, now, meanwhile=meanwhile if index == count - 1 else None)
         if not count and meanwhile is not None:
             meanwhile()
+
+    def rehearse(self, programs: Mapping[Seat, Sequence[Program]]) -> None:
+        """Put programs where they will run, and run others there that do nothing."""
+        for seat, mine in programs.items():
+            for load in arena.loads([part for one in mine for part in one.parts]):
+                self.arena.load(seat.slot, load)
+        self.run_all({seat: [_idle(), _idle()] for seat in programs})
 
     def lend(self, seat: Seat, content: bytes) -> int:
         """Put bytes into the slot of a thread that interprets no more; returns their address in the task."""
@@ -279,7 +286,7 @@ class Births:
         self.arena.ring(seat, program)
         deadline = time.monotonic() + _EXEC_PATIENCE
         while not pid_namespace.is_init(seat.tid):
-            self.arena.check(seat, program)
+            self.arena.check(seat)
             if time.monotonic() > deadline:
                 raise RebuildError("the init of the PID namespace did not start")
             time.sleep(0.0001)
@@ -467,6 +474,12 @@ class Births:
         mask, now = program.data(struct.pack("<Q", 1 << _SIGCHLD - 1)), program.space(16)
         program.order(NR.rt_sigtimedwait, mask, 0, now, 8, keep_errors=True)
         self.run(parent, program)
+
+
+def _idle() -> Program:
+    program = Program()
+    program.order(NR.gettid)
+    return program
 
 
 def _raise_file_limit(program: Program) -> None:

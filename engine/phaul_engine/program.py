@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias
 from .syscalls import NR
 
 _INSTRUCTION = struct.Struct("<4H8s6q")
-_CALL, _SET, _ADD, _STORE, _LOAD, _JUMP, _LESS, _FORK, _SIGRETURN, _COPY = range(1, 11)
+_CALL, _SET, _ADD, _STORE, _LOAD, _JUMP, _LESS, _FORK, _SIGRETURN, _COPY, _NEXT, _REST = range(1, 13)
 _FAIL_STOP, _FAIL_KEEP, _FAIL_UNLESS_DST = range(3)
 _IMMEDIATE, _REGISTER, _BUFFER = range(3)
 _REGISTERS = 64
@@ -56,6 +56,12 @@ class Step(NamedTuple):
     def label(self) -> str:
         """In words: what was noted, or the system call's name."""
         return self.note or NR(self.nr).name
+
+
+def going_on(program: int, buffer: int, count: int) -> bytes:
+    """The instruction in place of END that goes on with another program in the slot: its offset, that of its buffer,
+    and how many instructions it has, END included."""
+    return _INSTRUCTION.pack(_NEXT, 0, 0, 0, bytes(8), program, buffer, count, 0, 0, 0)
 
 
 class Program:
@@ -184,9 +190,18 @@ class Program:
         self._emit(_FORK, (clone_args, clone_args.size, slot), dst=dst, nr=int(NR.clone3), label=label)
         return dst
 
+    def rest(self, nr: NR, *args: Operand) -> None:
+        """The last instruction: the program is done, and the task sleeps in a system call until it is halted."""
+        self._emit(_REST, args, nr=nr)
+
     def assemble(self) -> tuple[bytes, bytes]:
         """Instructions (END included) and buffer."""
         return bytes(self._code) + bytes(_INSTRUCTION.size), bytes(self._buffer)
+
+    @property
+    def size(self) -> int:
+        """Bytes of what `assemble` gives."""
+        return len(self._code) + _INSTRUCTION.size + len(self._buffer)
 
     def _emit(
         self,

@@ -132,17 +132,21 @@ def _layout() -> bytes:
     return b"".join(_PLACE.pack(number, at) for number, at in found if at)
 
 
-def rebuild_registers(core: core_pb2.core_entry, state: Any, *, sleeping: bool = False) -> None:
+def rebuild_registers(
+    core: core_pb2.core_entry, state: Any, *, sleeping: bool = False, result: int | None = None
+) -> None:
     """Fill a `struct ph_thread_state` from an image.
 
     A call that was interrupted is left to the kernel's own restart (its code stands in rax again), so that a signal
     that is delivered first has its due effect. One that needs the kernel's restart block is so only if the thread has
-    got it (`sleeping`, see sleeps.py), and else made again.
+    got it (`sleeping`, see sleeps.py), and else made again. One that has come to an end since has its `result`.
     """
     info, thread = core.thread_info, core.thread_core
     general = list(_registers_of(info.gpregs))
     code = thread.interrupted
-    if code and (sleeping or -code != _RESTART_BLOCK):
+    if code and result is not None:
+        general[_AX], general[_ORIG], general[_IP] = result & _ALL_ONES, _ALL_ONES, general[_IP] + 2
+    elif code and (sleeping or -code != _RESTART_BLOCK):
         general[_AX], general[_IP] = code & _ALL_ONES, general[_IP] + 2
     else:
         general[_ORIG] = _ALL_ONES

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 from . import features, plan, sleep_log, sleeps, vdso
@@ -40,6 +41,8 @@ from .target import Tracer, reap
 
 __all__ = ["Skeleton", "catalogue"]
 _STOPPED = 3  # of task_state in an image
+_PATIENCE_MS = 5000
+_REHEARSED, _REHEARSALS = 16, 3  # threads, and how often
 
 _ALL_ONES = (1 << 64) - 1
 
@@ -158,7 +161,9 @@ class Skeleton:
             else:
                 self._equipment.place(task)
         self._equipment.attach()
-        self._births.run_all(self._programs(Phase.EARLY, new))
+        self._births.run_all(
+            {seat: [self._assemble(task, tid, Phase.EARLY)] for task in new for tid, seat in task.seats.items()}
+        )
 
     def protect(self) -> None:
         """Give areas their final protection: once the first round is in. Later pages go through /proc/PID/mem."""
@@ -204,19 +209,17 @@ class Skeleton:
         return change.unfilled
 
     def rehearse(self) -> None:
-        """Go once through what `finish` will do, with no effect: what runs for the first time takes several times as
-        long as later, and in the freeze all of it would."""
-        state = ffi.new("struct ph_thread_state *")
-        programs = {}
-        for task in self._births.living:
-            for tid, seat in task.seats.items():
-                core = self._core(tid)
-                self._assemble(task, tid, Phase.CREDENTIALS)  # not FINAL: what it says once it does not say again
-                sleeps.sleep_on(core, 0, lambda _: 0)
-                rebuild_registers(core, state)
-                programs[seat] = Program()
-                programs[seat].order(NR.gettid)
-        self._births.run_all(programs)
+        """Go through what `finish` will do, with no effect: what runs for the first time takes several times as long as
+        later, and in the freeze all of it would."""
+        some = list(itertools.islice(self._threads(), _REHEARSED))
+        for task, tid, _ in self._threads():
+            self._assemble(task, tid, Phase.CREDENTIALS)
+        for _ in range(_REHEARSALS):
+            demands.rehearse(self.restoration.checkpoint, [tid for _, tid, _ in some])
+            self._equipment.settle(early=True)
+            endings = {seat: self._ending(task, tid, 0, rehearsing=True) for task, tid, seat in some}
+            self._prepare_states(0)
+            self._births.rehearse({seat: [first, *last] for seat, (first, last) in endings.items()})
         self._passed()
 
     def finish(self, checkpoint: Checkpoint) -> None:
@@ -226,29 +229,55 @@ class Skeleton:
         self._births.namespaces.settle()
         self._births.point_children()
         self._equipment.settle()
-        final = {task.seats[task.node.pid]: self._last_of_process(task) for task in self._births.living}
-        last: dict[Seat, Program] = {}
-        self._births.run_all(
-            self._programs(Phase.FINAL, self._births.living, final),
-            lambda: last.update(self._programs(Phase.CREDENTIALS, self._births.living)),
-        )
+        passed = self._passed()
+        self._run_last(passed)
+        self._park(passed)
+        self._births.become_init(self._root.pid)
+        sysv_shm.condemn(checkpoint)
+
+    def _run_last(self, passed: int) -> None:
+        """All that tasks do themselves in the end, with what is prepared meanwhile for the time after. `passed`: see
+        `_passed`; what is over by then is over, also in what is prepared."""
+
+        def prepare() -> None:
+            self._prepare_states(passed)
+
+        first: dict[Seat, list[Program]] = {}
+        last: dict[Seat, list[Program]] = {}
+        for task in self._births.living:
+            apart = self._is_waited_for(task)
+            self._spaces.protect(task)
+            for tid, seat in task.seats.items():
+                begun, ending = self._ending(task, tid, passed)
+                first[seat] = [begun] if apart else [begun, *ending]
+                if apart:
+                    last[seat] = ending
+        if not last:
+            self._births.run_all(first, prepare)
+            return
+        self._births.run_all(first)
         for task in self._births.living:
             written = self.restoration.tasks[task.node.pid].written
             if written:
                 self.last_words.withhold(task.node.pid, task.pid, written, {tid: self._core(tid) for tid in task.seats})
-        self._births.run_all(last, self._prepare_states)
-        self._park()
-        self._births.become_init(self._root.pid)
-        sysv_shm.condemn(checkpoint)
+        self._births.run_all(last, prepare)
 
-    def _last_of_process(self, task: Task) -> Program:
-        """What a leader does once for its process, in the program that goes on with its own state: every program that
-        is waited for costs a hand-over."""
-        self._spaces.protect(task)
+    def _is_waited_for(self, task: Task) -> bool:
+        """Whether all threads of a process must be through with Phase.FINAL before the first of them goes on: the
+        leader sets limits, which hinder others that queue signals, and last words are withheld before any is told."""
+        queueing = any(self._core(tid).thread_core.signals_p.signals for tid in task.seats if tid != task.node.pid)
+        return queueing or bool(self.restoration.tasks[task.node.pid].written)
+
+    def _ending(self, task: Task, tid: int, passed: int, *, rehearsing: bool = False) -> tuple[Program, list[Program]]:
+        """What a thread does in Phase.FINAL, and what after that."""
         program = Program()
-        self._spaces.finish(task, program)
-        task.table.close_service(program)
-        return program
+        if tid == task.node.pid:  # what is done once for a process: every program that is waited for costs a hand-over
+            table = task.table.copy() if rehearsing else task.table
+            if not rehearsing or task.vdso_elsewhere is None:
+                self._spaces.finish(task, program)
+            table.close_service(program)
+        self._assemble(task, tid, Phase.FINAL, program)
+        return program, [self._assemble(task, tid, Phase.CREDENTIALS), sleeps.sleep(self._core(tid), passed)]
 
     def speak(self) -> None:
         """In the last moment before `detach`, if `last_words.late` says so: the cgroup must not be frozen now."""
@@ -260,8 +289,7 @@ class Skeleton:
 
         if self.last_words.late:
             self.last_words.speak(call)
-            err = new_error()
-            check(lib.ph_set_states(self.tracer.handle, self._parked, len(self._parked), err), err)
+            self._set_states()
 
     def detach(self) -> None:
         """Clear EXITKILL and let go of every task. They must be held by a frozen cgroup, or they run from here on."""
@@ -345,24 +373,15 @@ class Skeleton:
         core: core_pb2.core_entry = self.restoration.checkpoint.one("core", inner_tid)
         return core
 
-    def _programs(
-        self, phase: Phase, among: list[Task], begun: Mapping[Seat, Program] | None = None
-    ) -> dict[Seat, Program]:
-        """The program of a phase for every thread, after what stands in `begun`."""
-        begun = begun or {}
-        return {
-            seat: self._assemble(task, tid, phase, begun.get(seat))
-            for task in among
-            for tid, seat in task.seats.items()
-        }
-
-    def _prepare_states(self) -> None:
-        """What threads go on with, if all that slept do again."""
-        self._parked = ffi.new("struct ph_thread_state[]", len(self.tids()))
-        seats = [(tid, seat) for task in self._births.living for tid, seat in task.seats.items()]
-        for state, (tid, seat) in zip(self._parked, seats, strict=True):
+    def _prepare_states(self, passed: int) -> None:
+        """What threads go on with, if all that sleep on do."""
+        count = len(self.tids())
+        if self._parked is None or len(self._parked) != count:
+            self._parked = ffi.new("struct ph_thread_state[]", count)
+        for state, (_, tid, seat) in zip(self._parked, self._threads(), strict=True):
             core = self._core(tid)
-            rebuild_registers(core, state, sleeping=core.thread_core.remaining_ns > 0)
+            result = sleeps.outcome(core, passed)
+            rebuild_registers(core, state, sleeping=sleeps.is_to_sleep_on(core), result=result)
             state.tid = seat.tid
 
     def _assemble(self, task: Task, tid: int, phase: Phase, program: Program | None = None) -> Program:
@@ -387,33 +406,32 @@ class Skeleton:
 
     def _prepare(self) -> None:
         """Assemble the last programs early: what this host cannot give is found now, and the freeze is shorter."""
-        self._programs(Phase.CREDENTIALS, self._births.living)
+        for task, tid, _ in self._threads():
+            self._assemble(task, tid, Phase.CREDENTIALS)
         self._ahead()
         vdso.local()
 
-    def _park(self) -> None:
-        tids = self.tids()
-        err = new_error()
-        check(lib.ph_halt(self.tracer.handle, ffi.new("int32_t[]", tids), len(tids), 5000, err), err)
-        passed = self._passed()
-        sleeping = self._sleep_on(passed)
-        start, end = self._births.bounds
+    def _park(self, passed: int) -> None:
+        """Halt every thread, let those sleep on that slept, take the interpreter out, and put in what was there."""
         living = self._births.living
-        for task, result in zip(
-            living,
-            self._calls([_Call(task, task.pid, NR.munmap, [start, end - start]) for task in living]),
-            strict=True,
-        ):
-            if result != 0:
-                raise RebuildError(f"cannot unmap the interpreter of process {task.node.pid}: {result}")
-        seats = [(tid, seat) for task in living for tid, seat in task.seats.items()]
-        for state, (tid, seat) in zip(self._parked, seats, strict=True):
-            if tid not in sleeping:
+        start, end = self._births.bounds
+        asleep = self._sleeping(passed)
+        first = self._native([_Call(task, seat.tid, *call) for task, _, seat, call in asleep])
+        last = self._native([_Call(task, task.pid, NR.munmap, [start, end - start]) for task in living])
+        self._shorten(passed, {tid for _, tid, _, _ in asleep})
+        err = new_error()
+        sizes = len(self._parked), first, len(first), last, len(last)
+        check(lib.ph_park(self.tracer.handle, self._parked, *sizes, _PATIENCE_MS, err), err)
+        for task, call in zip(living, last, strict=True):
+            if call.result != 0:
+                raise RebuildError(f"cannot unmap the interpreter of process {task.node.pid}: {call.result}")
+        awake = [tid for (_, tid, _, _), call in zip(asleep, first, strict=True) if not sleeps.has_slept(call.result)]
+        if awake:
+            self._begin_anew(passed, awake)
+        for _, tid, seat, _ in asleep:
+            if tid not in awake:
                 core = self._core(tid)
-                if core.thread_core.remaining_ns:
-                    rebuild_registers(core, state)
-                sleeps.shorten(core, passed, state, sleeps.writer(seat.tid))
-        check(lib.ph_set_states(self.tracer.handle, self._parked, len(tids), err), err)
+                sleep_log.log.expect(seat.tid, sleeps.waiting(core), core.thread_core.remaining_ns - passed)
 
     def _passed(self) -> int:
         """How many nanoseconds the tree's clock has gone on since it was collected."""
@@ -437,32 +455,48 @@ class Skeleton:
             self._clocks_ahead = offsets(self.restoration.tasks[self._root.pid].proc)
         return self._clocks_ahead
 
-    def _sleep_on(self, passed: int) -> set[int]:
-        """Let halted threads sleep for as long as they had left; those that do, by their numbers in the images."""
-        asleep, calls = [], []
-        for task in self._births.living:
-            for tid, seat in task.seats.items():
-                core = self._core(tid)
-                call = sleeps.sleep_on(core, passed, functools.partial(self._births.lend, seat))
-                if call is not None:
-                    asleep.append((tid, seat, core))
-                    calls.append(_Call(task, seat.tid, *call))
-        slept = set()
-        for (tid, seat, core), result in zip(asleep, self._calls(calls), strict=True):
-            if sleeps.has_slept(result):
-                sleep_log.log.expect(seat.tid, sleeps.waiting(core), core.thread_core.remaining_ns - passed)
-                slept.add(tid)
-        return slept
+    def _threads(self) -> Iterator[tuple[Task, int, Seat]]:
+        """All that live, with their tids in the images, in the order of `_parked`."""
+        return ((task, tid, seat) for task in self._births.living for tid, seat in task.seats.items())
 
-    def _calls(self, wanted: Sequence[_Call]) -> list[int]:
-        """System calls in halted threads, one in each; their results, or restart codes or -errno."""
-        if not wanted:
-            return []
+    def _sleeping(self, passed: int) -> list[tuple[Task, int, Seat, tuple[int, list[int]]]]:
+        """The threads that are to sleep for as long as they had left, and the call that each sleeps in."""
+        found = []
+        for task, tid, seat in self._threads():
+            call = sleeps.sleep_on(self._core(tid), passed, functools.partial(self._births.lend, seat))
+            if call is not None:
+                found.append((task, tid, seat, call))
+        return found
+
+    def _shorten(self, passed: int, asleep: Container[int]) -> None:
+        """Have the calls of all but these end in time."""
+        for state, (_, tid, seat) in zip(self._parked, self._threads(), strict=True):
+            if tid not in asleep:
+                sleeps.shorten(self._core(tid), passed, state, sleeps.writer(seat.tid))
+
+    def _begin_anew(self, passed: int, awake: Container[int]) -> None:
+        """Have parked threads, whose sleep was over at once, make their calls again."""
+        for state, (_, tid, seat) in zip(self._parked, self._threads(), strict=True):
+            if tid in awake:
+                core = self._core(tid)
+                rebuild_registers(core, state)
+                sleeps.shorten(core, passed, state, sleeps.writer(seat.tid))
+        self._set_states()
+
+    def _set_states(self) -> None:
+        err = new_error()
+        check(lib.ph_set_states(self.tracer.handle, self._parked, len(self._parked), err), err)
+
+    def _native(self, wanted: Sequence[_Call]) -> Any:
         native = ffi.new("struct ph_call[]", len(wanted))
         for place, call in zip(native, wanted, strict=True):
             place.tid, place.gadget, place.nr = call.tid, self._gadget(call.task), call.nr
             place.args = [arg & _ALL_ONES for arg in (*call.args, *[0] * (6 - len(call.args)))]
-        err = new_error()
+        return native
+
+    def _calls(self, wanted: Sequence[_Call]) -> list[int]:
+        """System calls in halted threads, one in each; their results, or restart codes or -errno."""
+        native, err = self._native(wanted), new_error()
         check(lib.ph_calls(self.tracer.handle, native, len(wanted), err), err)
         return [place.result for place in native]
 

@@ -15,13 +15,15 @@ write of a socket with SO_RCVTIMEO or SO_SNDTIMEO always does: its limit is the 
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .images.pb import core_pb2
 from .proc.waiting import Waiting
+from .program import Buf, Program
 from .registers import ARGUMENTS, general
 from .syscalls import NR
 
@@ -35,8 +37,14 @@ _WALL_CLOCKS = (0, 1, 7, 8, 9, 11)  # they go on while a thread sleeps: REALTIME
 _FUTEX_FLAGS = 128 | 256  # FUTEX_PRIVATE_FLAG, FUTEX_CLOCK_REALTIME
 _LONGEST = (1 << 63) - 1
 
-# Puts bytes where the thread can read them, and returns the address.
-Lend = Callable[[bytes], int]
+_OVER: dict[int, int] = {
+    NR.nanosleep: 0,
+    NR.clock_nanosleep: 0,
+    NR.futex: -errno.ETIMEDOUT,
+}  # poll has to look once more
+
+Place = TypeVar("Place", int, Buf)
+Lend = Callable[[bytes], Place]  # puts bytes where the thread can read them, and returns the address
 Read = Callable[[int, int], bytes]  # address and size, in the program's memory
 Write = Callable[[int, bytes], None]
 
@@ -148,22 +156,44 @@ def waiting(core: core_pb2.core_entry) -> Waiting:
     return Waiting(nr, tuple(args), registers.sp, registers.ip + _SYSCALL_SIZE)
 
 
-def sleep_on(core: core_pb2.core_entry, passed: int, lend: Lend) -> tuple[int, list[int]] | None:
+def is_to_sleep_on(core: core_pb2.core_entry) -> bool:
+    """Whether a thread had a restart block that it can be given again."""
+    thread = core.thread_core
+    return bool(thread.interrupted == -_RESTART_BLOCK and thread.remaining_ns and core.thread_info.gpregs.ax in LIMITS)
+
+
+def outcome(core: core_pb2.core_entry, passed: int) -> int | None:
+    """What a sleep comes to that is over by now, so that no call has to be made for it; None for all others."""
+    over = is_to_sleep_on(core) and core.thread_core.remaining_ns <= passed
+    return _OVER.get(core.thread_info.gpregs.ax) if over else None
+
+
+def sleep_on(core: core_pb2.core_entry, passed: int, lend: Lend[Place]) -> tuple[int, list[int | Place]] | None:
     """The call to be made in a halted thread, and interrupted, to give it the restart block of its sleep: number and
     arguments. None if it had none, or is to make its call again.
 
     `passed` is how many nanoseconds the tree's clock has gone on since the thread was collected.
     """
-    thread = core.thread_core
-    nr, args = _call(core)
-    if thread.interrupted != -_RESTART_BLOCK or not thread.remaining_ns or nr not in LIMITS:
+    if not is_to_sleep_on(core) or outcome(core, passed) is not None:
         return None
-    limit, left = LIMITS[nr], thread.remaining_ns - passed
+    nr, values = _call(core)
+    args: list[int | Place] = list(values)
+    limit, left = LIMITS[nr], core.thread_core.remaining_ns - passed
     if limit.form is Form.MILLISECONDS:
         args[limit.argument] = milliseconds(left)
     else:
         args[limit.argument] = lend(packed(left, limit.form))
     return nr, args
+
+
+def sleep(core: core_pb2.core_entry, passed: int) -> Program:
+    """The same call as a program, at the end of which a thread that has not been halted sleeps."""
+    program = Program()
+    call = sleep_on(core, passed, program.data)
+    if call is not None:
+        nr, args = call
+        program.rest(NR(nr), *args)
+    return program
 
 
 def has_slept(result: int) -> bool:

@@ -8,7 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+from phaul_engine.errors import TargetError
+from phaul_engine.images.checkpoint import Checkpoint
+from phaul_engine.proc.access import read_text
+from phaul_engine.program import Program
 from phaul_engine.skeleton import Skeleton
+from phaul_engine.syscalls import NR
 from phaul_engine.target import Tracer, stop_tree
 
 from tests.kernel.skeletons import collect, fill
@@ -53,6 +59,7 @@ def test_a_program_goes_on_in_its_skeleton(tmp_path: Path) -> None:
         assert skeleton.pids() == {program.pid: program.pid}
         fill(program.pid, pages)
         skeleton.protect()
+        skeleton.rehearse()
         skeleton.finish(checkpoint)
         assert _steps(out) == before, "a parked task must not run"
         skeleton.release()
@@ -64,7 +71,8 @@ def test_a_program_goes_on_in_its_skeleton(tmp_path: Path) -> None:
         assert {tuple(line[2:]) for line in lines} == {tuple(before[which][0][2:])}, "same pid and tid"
 
 
-def test_a_skeleton_dies_with_its_maker(tmp_path: Path) -> None:
+def _images() -> tuple[int, Checkpoint]:
+    """Of a program that is gone."""
     program = subprocess.Popen(
         [sys.executable, "-c", _COUNTER], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -73,6 +81,33 @@ def test_a_skeleton_dies_with_its_maker(tmp_path: Path) -> None:
         checkpoint, _ = collect(tree, program.pid)
         program.kill()
     program.wait()
+    return program.pid, checkpoint
+
+
+def test_programs_run_one_after_the_other() -> None:
+    """More than fit into a slot, each of which finds what the one before has done."""
+    pid, checkpoint = _images()
+    with Tracer() as tracer, Skeleton(tracer, checkpoint) as skeleton:
+        skeleton.build()
+        births = skeleton._births
+        (leader, *_) = births.tasks[pid].seats.values()
+        programs = [Program() for _ in range(10)]
+        programs[0].order(NR.umask, 1)
+        for number, program in enumerate(programs[1:], 2):
+            buffer = program.data(bytes(60_000) + bytes([number]))
+            mask = program.register()
+            program.load(mask, buffer.at(60_000))
+            program.call(NR.umask, mask, expect=number - 1)
+        births.run_all({leader: [*programs, Program()]})
+        assert int(read_text(births.view(births.tasks[pid]).proc, "status").split("Umask:\t")[1][:4], 8) == 10
+        programs[4].order(NR.close, 9999, label="close what is not open")
+        programs[0].order(NR.umask, 1)
+        with pytest.raises(TargetError, match="close what is not open"):
+            births.run_all({leader: programs})
+
+
+def test_a_skeleton_dies_with_its_maker() -> None:
+    pid, checkpoint = _images()
     maker = os.fork()
     if maker == 0:
         skeleton = Skeleton(Tracer(), checkpoint)
@@ -80,4 +115,4 @@ def test_a_skeleton_dies_with_its_maker(tmp_path: Path) -> None:
         os.kill(os.getpid(), 9)
     os.waitpid(maker, 0)
     time.sleep(0.1)
-    assert not os.path.exists(f"/proc/{program.pid}/exe") or not os.path.exists(f"/proc/{program.pid}")
+    assert not os.path.exists(f"/proc/{pid}/exe") or not os.path.exists(f"/proc/{pid}")

@@ -8,16 +8,19 @@ import json
 import os
 import signal
 import subprocess
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
-from phaul_engine import sleep_log, target
+from phaul_engine import sleep_log, sleeps, target
 from phaul_engine.collect import Collector
 from phaul_engine.gadgets import find_gadgets
 from phaul_engine.proc.waiting import Waiting
 from phaul_engine.program import Program
 from phaul_engine.registers import general
+from phaul_engine.skeleton import Skeleton
 from phaul_engine.sleep_log import SleepLog
 from phaul_engine.syscalls import NR
 from phaul_engine.target import Tracer, stop_tree
@@ -195,6 +198,76 @@ def test_sleepers_that_somebody_else_has_stopped(tmp_path: Path) -> None:
     """It cannot be seen any more which call it was, but where the thread sleeps."""
     with subject(tmp_path, _STOPPED_BY_SOMEBODY) as made:
         made.carry()
+
+
+_FEW = """
+T, SLOW = 3, 0.8  # seconds: to sleep, and that a busy machine may take to wake threads
+ends, started = {}, time.monotonic()
+word, time_limit, nobody = ctypes.c_int(5), struct.pack("<qq", T, 0), ctypes.create_string_buffer(8)
+def sleeper(name, *args):
+    def run():
+        result = libc.syscall(*args)
+        ends[name] = result, ctypes.get_errno() if result < 0 else 0, time.monotonic() - started
+    threading.Thread(target=run, daemon=True).start()
+CALLS = {"nanosleep": (35, time_limit, None), "clock_nanosleep": (230, 1, 0, time_limit, None),
+    "poll": (7, nobody, 0, T * 1000), "futex": (202, ctypes.byref(word), 128, 5, time_limit, None, 0)}
+for name, args in CALLS.items():
+    sleeper(name, *args)
+time.sleep(0.2)
+ready()
+due = max(T, time.monotonic() - started)
+while len(ends) < len(CALLS):
+    time.sleep(0.02)
+    assert time.monotonic() - started < due + SLOW, CALLS.keys() - ends.keys()
+for name, (result, error, took) in ends.items():
+    assert (result, error) == ((-1, 110) if name == "futex" else (0, 0)), (name, result, error)
+    assert T <= took < due + SLOW, (name, took, due)
+passed()
+"""
+
+
+def _carry(made: Subject, away: float) -> None:
+    """Have a program wait for so many seconds between its two lives."""
+    made.wait_for("ready")
+    with Tracer() as tracer, Collector() as collector, stop_tree(tracer, made.root, timeout_ms=1000) as tree:
+        memory = copy(tree, collector)
+        kill_tree(tree)
+    time.sleep(away)
+    remake_tree(memory)
+    os.kill(made.root, signal.SIGUSR1)
+    made.wait_for("passed")
+
+
+def test_sleeps_that_are_over_when_the_program_goes_on(tmp_path: Path) -> None:
+    """They end at once, and do not begin anew."""
+    with subject(tmp_path, _FEW) as made:
+        _carry(made, 3.5)
+
+
+def test_sleepers_that_are_not_in_their_calls_when_they_are_halted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are put to sleep then."""
+    monkeypatch.setattr(sleeps, "sleep", lambda core, passed: Program())
+    with subject(tmp_path, _FEW) as made:
+        _carry(made, 0)
+
+
+def test_most_sleepers_are_in_their_calls_when_they_are_halted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nothing has to be done for them but to stop them."""
+    parked = []
+    native = Skeleton._native
+
+    def note(skeleton: Skeleton, wanted: Sequence[Any]) -> Any:
+        parked.append(native(skeleton, wanted))
+        return parked[-1]
+
+    monkeypatch.setattr(Skeleton, "_native", note)
+    with subject(tmp_path, _FEW) as made:
+        _carry(made, 0)
+    asleep, _ = parked
+    assert len(asleep) == 4
+    assert any(call.made for call in asleep)
 
 
 def _die_inside(root: int) -> NoReturn:

@@ -33,6 +33,10 @@
                                    starts interpreting in slot arg2. regs[dst] = its pid */
 #define PH_OP_SIGRETURN 9       /* leave through the slot's signal frame: no way back */
 #define PH_OP_COPY 10           /* copy arg2 bytes from arg1 to arg0 */
+#define PH_OP_NEXT 11           /* go on with the program at offset arg0 of the slot, its buffer at arg1, of arg2
+                                   instructions */
+#define PH_OP_REST 12           /* the program is done; and system call `nr` (args), whatever comes of it. Nobody is
+                                   woken: whoever waits looks often, and is not to stop the task on its way there */
 
 /* What a failing CALL or FORK means. */
 #define PH_FAIL_STOP 0          /* the program stops; the slot tells index and errno */

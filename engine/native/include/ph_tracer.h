@@ -261,7 +261,7 @@ int ph_halt (struct ph_tracer *tracer, const int32_t *tids, size_t count, int ti
 /* A system call in a halted task, through the `syscall` instruction at `gadget`. */
 struct ph_call {
 	int32_t tid;
-	_Bool held_stop;        /* ours */
+	_Bool made, held_stop;  /* ours */
 	uint64_t gadget;
 	uint64_t nr;
 	uint64_t args[6];
@@ -270,6 +270,12 @@ struct ph_call {
 
 /* Make calls in halted tasks, no two in the same, all at once. -1: one could not be made. */
 int ph_calls (struct ph_tracer *tracer, struct ph_call *calls, size_t count, struct ph_error *err);
+
+/* Stop the interpreters of skeleton tasks for good, have some of them sleep, then make a last call in some, and give each
+   its state. A task that is in its sleep already (PH_OP_REST) only stops; in others it is made and interrupted. All in
+   one go: `last` stands in the order of the states. -1: something could not be done, or a task did not stop in time. */
+int ph_park (struct ph_tracer *tracer, const struct ph_thread_state *states, size_t count, struct ph_call *sleeps,
+	     size_t sleep_count, struct ph_call *last, size_t last_count, int timeout_ms, struct ph_error *err);
 
 /* End a skeleton task by a signal whose default action does so, so that its wait status is the signal's. */
 int ph_end (struct ph_tracer *tracer, int tid, int signal, struct ph_error *err);

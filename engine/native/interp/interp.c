@@ -103,7 +103,8 @@ accept (struct ph_slot *slot, const struct ph_instruction *insn, int64_t result)
 	return 1;
 }
 
-static void
+/* Whether the slot says already that the program has ended. */
+static int
 run (struct ph_slot *slot)
 {
 	const struct ph_instruction *program = (const struct ph_instruction *) ((uintptr_t) slot + slot->program);
@@ -122,14 +123,14 @@ run (struct ph_slot *slot)
 			switch (insn->op)
 				{
 				case PH_OP_END:
-					return;
+					return 0;
 				case PH_OP_CALL:
 					if (!accept (slot, insn, raw_syscall (insn->nr, a[0], a[1], a[2], a[3], a[4], a[5])))
-						return;
+						return 0;
 					break;
 				case PH_OP_FORK:
 					if (!accept (slot, insn, fork_into (slot, insn)))
-						return;
+						return 0;
 					break;
 				case PH_OP_SET:
 					*dst = a[0];
@@ -154,13 +155,25 @@ run (struct ph_slot *slot)
 					for (int64_t i = 0; i < a[2]; i++)
 						((volatile char *) a[0])[i] = ((volatile char *) a[1])[i];
 					break;
+				case PH_OP_NEXT:
+					slot->program = (uint32_t) a[0];
+					slot->buffer = (uint32_t) a[1];
+					slot->count = (uint32_t) a[2];
+					program = (const struct ph_instruction *) ((uintptr_t) slot + slot->program);
+					at = 0;
+					break;
+				case PH_OP_REST:
+					__atomic_store_n (&slot->state, PH_SLOT_DONE, __ATOMIC_RELEASE);
+					raw_syscall (insn->nr, a[0], a[1], a[2], a[3], a[4], a[5]);
+					return 1;
 				case PH_OP_SIGRETURN:
 					interp_sigreturn (slot->frame);
 				default:
 					slot->error = 38; /* ENOSYS */
-					return;
+					return 0;
 				}
 		}
+	return 0;
 }
 
 __attribute__ ((noreturn, used)) void
@@ -183,7 +196,8 @@ interp_main (struct ph_slot *slot)
 						continue;
 					interp_sigreturn (slot->frame);
 				}
-			run (slot);
+			if (run (slot))
+				continue;
 			__atomic_store_n (&slot->state, PH_SLOT_DONE, __ATOMIC_RELEASE);
 			wake (&slot->state);
 		}

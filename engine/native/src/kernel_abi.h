@@ -8,6 +8,10 @@
 #include <stdint.h>
 #include <sys/ioctl.h>
 
+#ifndef ERESTART_RESTARTBLOCK
+#define ERESTART_RESTARTBLOCK 516 /* include/linux/errno.h: seen by tracers only */
+#endif
+
 #ifndef PAGEMAP_SCAN
 
 #define PAGE_IS_WPALLOWED (1 << 0)

@@ -1,6 +1,7 @@
 /* The destination's side: a task is born as the static helper, interprets, is halted, and is let go. */
 #include "birth.h"
 #include "cleanup.h"
+#include "kernel_abi.h"
 #include "ph_interp.h"
 #include "tracer.h"
 
@@ -323,25 +324,71 @@ begin_call (const struct ph_call *call, struct ph_error *err)
 	return trace_call_begin (call->tid, &regs, err);
 }
 
-static long
-calls (void *argument, struct ph_error *err)
+static int
+enter_calls (const struct calls_job *job, struct ph_error *err)
 {
-	struct calls_job *job = argument;
+	for (size_t i = 0; i < job->count; i++)
+		if (!job->calls[i].made && begin_call (&job->calls[i], err) < 0)
+			return -1;
+	for (size_t i = 0; i < job->count; i++)
+		if (!job->calls[i].made && trace_call_enter (job->calls[i].tid, &job->calls[i].held_stop, err) < 0)
+			return -1;
+	return 0;
+}
+
+static int
+end_calls (const struct calls_job *job, struct ph_error *err)
+{
 	long result;
 
 	for (size_t i = 0; i < job->count; i++)
-		if (begin_call (&job->calls[i], err) < 0)
-			return -1;
-	for (size_t i = 0; i < job->count; i++)
-		if (trace_call_enter (job->calls[i].tid, &job->calls[i].held_stop, err) < 0)
-			return -1;
-	for (size_t i = 0; i < job->count; i++)
 		{
+			if (job->calls[i].made)
+				continue;
 			if (trace_call_end (job->calls[i].tid, job->calls[i].held_stop, &result, err) < 0)
 				return -1;
 			job->calls[i].result = result;
 		}
 	return 0;
+}
+
+static int
+make_calls (const struct calls_job *job, struct ph_error *err)
+{
+	return enter_calls (job, err) < 0 || end_calls (job, err) < 0 ? -1 : 0;
+}
+
+static long
+calls (void *argument, struct ph_error *err)
+{
+	return make_calls (argument, err);
+}
+
+/* Whether a halted task was in this call, for which the kernel keeps when it ends. */
+static int
+is_in_call (struct ph_call *call, struct ph_error *err)
+{
+	struct user_regs_struct regs;
+
+	if (trace_get_regs (call->tid, &regs, err) < 0)
+		return -1;
+	call->result = (long) regs.rax;
+	return regs.orig_rax == call->nr && call->result == -ERESTART_RESTARTBLOCK;
+}
+
+/* Make each call in its task, unless it is in it. */
+static int
+sleep_on (const struct calls_job *job, struct ph_error *err)
+{
+	for (size_t i = 0; i < job->count; i++)
+		{
+			int is_in = is_in_call (&job->calls[i], err);
+
+			if (is_in < 0)
+				return -1;
+			job->calls[i].made = is_in;
+		}
+	return make_calls (job, err);
 }
 
 int
@@ -350,6 +397,56 @@ ph_calls (struct ph_tracer *tracer, struct ph_call *list, size_t count, struct p
 	struct calls_job job = { list, count };
 
 	return (int) ph_tracer_call (tracer, calls, &job, err);
+}
+
+struct park_job {
+	const struct ph_thread_state *states;
+	size_t count;
+	int timeout_ms;
+	struct calls_job sleeps, last;
+};
+
+/* `among`: those that make the last call, or all others. They stand in the order of the calls. */
+static int
+set_states (const struct park_job *job, bool among, struct ph_error *err)
+{
+	size_t next = 0;
+
+	for (size_t i = 0; i < job->count; i++)
+		{
+			bool calls = next < job->last.count && job->last.calls[next].tid == job->states[i].tid;
+
+			next += calls;
+			if (calls == among && trace_set_state (&job->states[i], err) < 0)
+				return -1;
+		}
+	return 0;
+}
+
+static long
+park (void *argument, struct ph_error *err)
+{
+	struct park_job *job = argument;
+	int64_t deadline = ph_now_us () + (int64_t) job->timeout_ms * 1000;
+
+	for (size_t i = 0; i < job->count; i++)
+		if (ptrace (PTRACE_INTERRUPT, job->states[i].tid, 0, 0) < 0)
+			return ph_fail (err, errno, "interrupt task %d", job->states[i].tid);
+	for (size_t i = 0; i < job->count; i++)
+		if (trace_wait_stop (job->states[i].tid, deadline, NULL, err) < 0)
+			return -1;
+	if (sleep_on (&job->sleeps, err) < 0 || enter_calls (&job->last, err) < 0 || set_states (job, false, err) < 0)
+		return -1;
+	return end_calls (&job->last, err) < 0 || set_states (job, true, err) < 0 ? -1 : 0;
+}
+
+int
+ph_park (struct ph_tracer *tracer, const struct ph_thread_state *states, size_t count, struct ph_call *sleeps,
+	 size_t sleep_count, struct ph_call *last, size_t last_count, int timeout_ms, struct ph_error *err)
+{
+	struct park_job job = { states, count, timeout_ms, { sleeps, sleep_count }, { last, last_count } };
+
+	return (int) ph_tracer_call (tracer, park, &job, err);
 }
 
 struct end_job {

@@ -550,23 +550,26 @@ ph_get_states (struct ph_tracer *tracer, struct ph_thread_state *states, size_t 
 	return (int) ph_tracer_call (tracer, get_states, &list, err);
 }
 
+int
+trace_set_state (const struct ph_thread_state *state, struct ph_error *err)
+{
+	struct iovec iov = { (void *) state->xstate, state->xstate_size };
+
+	if (state->xstate_size && ptrace (PTRACE_SETREGSET, state->tid, (void *) (long) NT_X86_XSTATE, &iov) < 0)
+		return ph_fail (err, errno, "write the extended state of task %d", state->tid);
+	if (trace_set_regs (state->tid, (const struct user_regs_struct *) state->regs, err) < 0)
+		return -1;
+	return trace_set_mask (state->tid, state->sigmask, err);
+}
+
 static long
 set_states (void *argument, struct ph_error *err)
 {
 	struct state_list *list = argument;
 
 	for (size_t i = 0; i < list->count; i++)
-		{
-			struct ph_thread_state *state = &list->states[i];
-			struct iovec iov = { state->xstate, state->xstate_size };
-
-			if (state->xstate_size
-			    && ptrace (PTRACE_SETREGSET, state->tid, (void *) (long) NT_X86_XSTATE, &iov) < 0)
-				return ph_fail (err, errno, "write the extended state of task %d", state->tid);
-			if (trace_set_regs (state->tid, (struct user_regs_struct *) state->regs, err) < 0
-			    || trace_set_mask (state->tid, state->sigmask, err) < 0)
-				return -1;
-		}
+		if (trace_set_state (&list->states[i], err) < 0)
+			return -1;
 	return 0;
 }
 

@@ -32,6 +32,8 @@ int trace_wait_stop (pid_t tid, int64_t deadline, int *stop_signal, struct ph_er
 int trace_get_regs (pid_t tid, struct user_regs_struct *regs, struct ph_error *err);
 int trace_set_regs (pid_t tid, const struct user_regs_struct *regs, struct ph_error *err);
 int trace_set_mask (pid_t tid, uint64_t mask, struct ph_error *err);
+/* All of these and the extended registers. */
+int trace_set_state (const struct ph_thread_state *state, struct ph_error *err);
 
 /* Let the task make the system call at which `regs` stand, with all signals blocked, and stop after it. Its result goes
    to *result. The call must not sleep: it is interrupted. */

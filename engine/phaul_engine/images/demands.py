@@ -60,6 +60,12 @@ def require(checkpoint: Checkpoint, before: Checkpoint | None = None) -> None:
         )
 
 
+def rehearse(checkpoint: Checkpoint, tids: Iterable[int]) -> None:
+    """Look once more at some of the records that will have changed, to no effect: the next time takes less."""
+    for tid in tids:
+        list(_core(checkpoint.one("core", tid)))
+
+
 def wrong(checkpoint: Checkpoint, before: Checkpoint | None = None) -> Iterator[tuple[str, Ident, str]]:
     """What records ask for that cannot be, in words, each with its file; `before` as for `require`."""
     for stem, ident in checkpoint.files():

@@ -64,7 +64,8 @@ class SignalActions(TaskKind):
         for number, one in zip(_CHANGEABLE, core.tc.sigactions, strict=False):
             packed = _ACTION.pack(one.sigaction, one.flags, one.restorer, one.mask)
             if done.get(number) != packed and (phase is Phase.FINAL or number != signal.SIGCHLD):
-                done[number] = packed
+                if phase is Phase.EARLY:
+                    done[number] = packed
                 action = program.data(packed)
                 program.order(NR.rt_sigaction, number, action, 0, _ACTION_MASK_SIZE, label=f"rt_sigaction of {number}")
 
