@@ -49,7 +49,7 @@ from phaul.transport.direct import Direct, Kind, Letter
 
 _LAST_WORK = 60.0  # seconds that a work may go on when everything is decided
 _EAR = 0.005  # seconds that the other side's word is waited for outside of the loop, when the program stands
-_EARS = 5  # times, between which the loop has a turn
+_EARS = 20  # times, between which the loop has a turn
 _AT_ONCE = frozenset({Work.LAND, Work.DETACH, Work.WAKE})  # works of the downtime that wait for nothing in the loop
 
 T = TypeVar("T")

@@ -36,14 +36,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from phaul_engine.errors import GoneError
-from phaul_engine.proc.stat import stat_of
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from phaul import jsontext
 from phaul.errors import JournalBusyError, JournalError, LostRaceError
 from phaul.migration import MOVES, Role
 from phaul.migration import Row as State
+from phaul.rows import NAME, Row, Task, Undo, boot_id
+
+__all__ = ["RECORD", "SCHEMA", "Change", "Journal", "Row", "Store", "Task", "Undo", "boot_id"]
 
 RECORD = 512  # bytes: no page or sector boundary cuts a record in two
 SCHEMA = 1
@@ -57,96 +58,7 @@ _LOCK_PATIENCE = 2.0  # seconds; a healthy holder needs microseconds
 _KEPT = frozenset({"migration", "role", "state", "undo", "why", "since"})  # what only a transition or entry changes
 _FORM: tuple[tuple[str, Any], ...] = (("set", {}), ("undo", []), ("at", 0.0))  # of a change, as far as it has them
 _JSON = json.JSONEncoder(separators=(",", ":"))
-_PLAIN_KEYS = {"from", "state", "at"}
-_PLAIN = {  # transitions without anything else, which the freeze waits for: as JSON but for the time
-    (before, after): (_JSON.encode({"from": before, "state": after})[:-1] + ',"at":%r}').encode()
-    for moves in MOVES.values()
-    for before, all_after in moves.items()
-    for after in all_after
-}
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-class Task(BaseModel):
-    """A process by its number and its start time in clock ticks after boot, which no other ever has together."""
-
-    model_config = ConfigDict(frozen=True)
-
-    pid: int = Field(ge=1)
-    start: int = Field(ge=0)
-
-    @classmethod
-    def of(cls, pid: int) -> Self:
-        """The process that has this number now. GoneError where there is none."""
-        return cls(pid=pid, start=stat_of(pid).start)
-
-    @property
-    def alive(self) -> bool:
-        """Whether it is still there. Only to be asked in the boot that it was noted in."""
-        try:
-            return stat_of(self.pid).start == self.start
-        except GoneError:
-            return False
-
-
-class Undo(BaseModel):
-    """Something that was done to the host or the network, and what is needed to take it back.
-
-    `kind` names who knows how (see phaul.recovery). To take back twice, or what was never done, must be harmless:
-    an entry is written before its deed.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    kind: str = Field(min_length=1, max_length=64)
-    data: dict[str, JsonValue] = {}
-
-
-class Row(BaseModel):
-    """What a journal says about one migration on one side.
-
-    `boot` is the boot id of the host when the row was made, `owner` the agent that works on it. `peer` is how the
-    other side is reached, `program` the moving program in words for people. `cgroup` is the tree's hold, `tasks` its
-    processes. `ended` is when nothing was left to do, in seconds since the epoch; 0 for an unfinished row. `warning` is
-    what did not work, but kept nobody. `link` is what a recovery needs to ask the other side by itself. `caller` is who
-    asked for it here (phaul.policy). `workload` is its kind (phaul.workloads), with `facts` at the source and `notes`
-    at the destination: what the runtime of this host has to be told in the end.
-    `arbiter` says how the arbiter is reached (its settings), empty without one. `heard`, at the destination: the source
-    is known to go on by itself, and will not ask.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    migration: str = Field(pattern=f"^{_NAME.pattern}$")
-    role: Role
-    state: State = State.PREPARED
-    boot: str
-    owner: Task
-    peer: str = ""
-    program: str = ""
-    cgroup: str = ""
-    tasks: tuple[Task, ...] = ()
-    addresses: tuple[str, ...] = ()
-    undo: tuple[Undo, ...] = ()
-    why: str = ""
-    since: float = 0.0
-    ended: float = 0.0
-    warning: str = ""
-    link: dict[str, JsonValue] = {}
-    caller: str = ""
-    workload: dict[str, JsonValue] = {}
-    arbiter: dict[str, JsonValue] = {}
-    heard: bool = False
-
-    @property
-    def same_boot(self) -> bool:
-        """Whether the host has stayed up since."""
-        return self.boot == boot_id()
-
-    @property
-    def owned(self) -> bool:
-        """Whether its agent lives."""
-        return self.same_boot and self.owner.alive
+_PLAIN = {"from", "state", "at"}  # of a transition without anything else, which the freeze waits for
 
 
 class Change(NamedTuple):
@@ -393,20 +305,25 @@ class Journal:
                 )
 
     def _apply(self, change: dict[str, Any]) -> None:
+        """Take a change that was read."""
         try:
-            facts, undo, state = change.get("set", {}), change.get("undo", []), change.get("state")
+            state = change.get("state")
             if state is not None and self._content:
                 role, before = Role(self._content["role"]), State(self._content["state"])
                 if State(state) not in MOVES[role].get(before, ()) or change.get("from") != before:
                     raise JournalError(f"{self._path} says that a {role} went from {before} to {state}")
-                self._content["why"] = change.get("why", "")
-            if state is not None:
-                self._content["state"] = state
-            self._content["since"] = change.get("at", 0.0)
-            self._content.update(facts)
-            self._content["undo"] = [*self._content.get("undo", []), *undo]
+            self._take(change)
         except (KeyError, TypeError, ValueError) as error:
             raise JournalError(f"{self._path} holds a change that makes no sense: {error}") from error
+
+    def _take(self, change: dict[str, Any]) -> None:
+        """A legal one."""
+        content = self._content
+        if content and change.get("state") is not None:
+            content["state"], content["why"] = change["state"], change.get("why", "")
+        content["since"] = change.get("at", 0.0)
+        content.update(change.get("set", ()))
+        content["undo"] = [*content.get("undo", ()), *change.get("undo", ())]
 
     def _validated(self) -> Row:
         try:
@@ -430,7 +347,7 @@ class Journal:
             self._clear_torn()
         if os.pwrite(self._fd, raw, self._next * RECORD) != len(raw):
             raise JournalError(f"{self._path}: a short write")
-        self._apply(change)
+        self._take(change)
         self._messages += 1
         self._next += len(raw) // RECORD
         assert self._said is not None
@@ -504,11 +421,11 @@ class Store:
             return []
         except OSError as error:
             raise JournalError(f"cannot read {self.directory}: {error.strerror}") from error
-        found = (re.fullmatch(rf"({_NAME.pattern})\.(source|destination)", entry.name) for entry in entries)
+        found = (re.fullmatch(rf"({NAME.pattern})\.(source|destination)", entry.name) for entry in entries)
         return [(match[1], Role(match[2])) for match in found if match]
 
     def _path(self, migration: str, role: Role) -> Path:
-        if not _NAME.fullmatch(migration):
+        if not NAME.fullmatch(migration):
             raise JournalError(f"{migration!r} is no migration's name")
         return self.directory / f"{migration}.{role}"
 
@@ -533,11 +450,6 @@ class Store:
             raise JournalError(f"{self.directory} is not a directory of ours", advice="see [agent] state_directory")
         if status.st_mode & 0o077:
             raise JournalError(f"{self.directory} is open to others", advice=f"chmod 700 {self.directory}")
-
-
-def boot_id() -> str:
-    """This boot's id (proc_sys_kernel(5), random/boot_id)."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def _tag(migration: str, role: Role) -> bytes:
@@ -567,8 +479,10 @@ def _plain(value: Any) -> Any:
 
 def _encode(change: dict[str, Any], number: int, tag: bytes) -> bytes:
     """A message as records."""
-    plain = _PLAIN.get((change["from"], change["state"])) if change.keys() == _PLAIN_KEYS else None
-    payload = _JSON.encode(change).encode() if plain is None else plain % change["at"]
+    if change.keys() == _PLAIN:
+        payload = '{{"from":"{from}","state":"{state}","at":{at!r}}}'.format_map(change).encode()
+    else:
+        payload = _JSON.encode(change).encode()
     parts = [payload[at : at + _ROOM] for at in range(0, len(payload), _ROOM)]
     records = bytearray()
     for index, part in enumerate(parts):

@@ -266,7 +266,7 @@ class Hold:
             for name, flags in (
                 ("cgroup.events", os.O_RDONLY),
                 ("cgroup.freeze", os.O_WRONLY),
-                ("cgroup.procs", os.O_WRONLY),
+                ("cgroup.procs", os.O_RDWR),
                 ("cgroup.kill", os.O_WRONLY),
             ):
                 hold._files[name] = os.open(name, flags | os.O_CLOEXEC, dir_fd=hold.directory)
@@ -296,11 +296,11 @@ class Hold:
     def members(self) -> set[int]:
         """The processes inside, in numbers of this pid namespace; zombies are not among them."""
         if not self.borrowed:
-            return _members(self.directory)
+            return _members(self._files["cgroup.procs"])
         found: set[int] = set()
         for directory, _, _ in os.walk(f"/proc/self/fd/{self.directory}/"):
             with contextlib.suppress(OSError, HoldGoneError):  # it has been removed meanwhile
-                fd = os.open(directory, _DIRECTORY)
+                fd = os.open(f"{directory}/cgroup.procs", os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     found |= _members(fd)
                 finally:
@@ -493,9 +493,12 @@ def _private_mount() -> int:
         os.close(context)
 
 
-def _members(directory: int) -> set[int]:
+def _members(procs: int) -> set[int]:
+    text = b""
     try:
-        return {int(pid) for pid in _read(directory, "cgroup.procs").split()}
+        while part := os.pread(procs, 1 << 16, len(text)):
+            text += part
+        return set(map(int, text.split()))
     except OSError as error:
         if error.errno in (errno.ENODEV, errno.ENOENT):
             raise HoldGoneError("the cgroup has been removed") from error

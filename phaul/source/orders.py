@@ -41,6 +41,12 @@ class Orders:
     subvolumes: tuple[str, ...] = ()
     flagged: bool = False
 
+    @property
+    def program(self) -> str:
+        """The program in words."""
+        with open(f"/proc/{self.root}/comm") as comm:
+            return f"pid {self.root} ({comm.read().strip()})"
+
 
 def open_register(migration: str, report: Callable[[Event], None]) -> dict[str, Any]:
     """The arbiter's register of this migration, where there is an arbiter: how it is reached, for the row."""

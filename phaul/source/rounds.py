@@ -1,4 +1,4 @@
-"""When to stop copying: the convergence policy, a pure function of what the rounds so far have shown.
+"""Rounds: their numbers, and when to stop copying: the convergence policy, a pure function of what they have shown.
 
 A freeze now would cost the pages that are dirty over the measured bandwidth, and a fixed part measured in this very
 run. Rounds go on until that is below the limit. Below it they still go on while each at least halves what is left and
@@ -8,7 +8,7 @@ is something left to send; where the fixed part alone is above the limit, more r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from phaul.migration import Verdict
@@ -65,6 +65,35 @@ def rate(history: Sequence[Passed], wanted: Wanted) -> float:
 def predict(history: Sequence[Passed], fixed: float, wanted: Wanted) -> float:
     """The seconds that a freeze now would take."""
     return fixed + PAGE * history[-1].dirty / rate(history, wanted) + history[-1].haul
+
+
+class Numbers:
+    """Of rounds on the wire, where those that a freeze has sent count too. One may be announced before it begins."""
+
+    def __init__(self) -> None:
+        self._begun = self._announced = 0  # how many
+
+    @property
+    def last(self) -> int:
+        """The number of the last that has begun."""
+        return self._begun - 1
+
+    @property
+    def pending(self) -> bool:
+        """Whether one has been announced that has not begun."""
+        return self._announced > self._begun
+
+    def announce(self, tell: Callable[[int], None]) -> None:
+        """Tell the number of the next, if that has not been done."""
+        if not self.pending:
+            tell(self._announced)
+            self._announced += 1
+
+    def begin(self, tell: Callable[[int], None]) -> int:
+        """The next begins, announced by now; its number."""
+        self.announce(tell)
+        self._begun = self._announced
+        return self.last
 
 
 def decide(history: Sequence[Passed], fixed: float, wanted: Wanted) -> Decision:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ from phaul.recovery import LOCK_PATIENCE, Deeds
 from phaul.source.hauling import Hauling
 from phaul.source.orders import Orders, open_register
 from phaul.source.phases import Phases
-from phaul.source.rounds import Decision, Passed, decide
+from phaul.source.rounds import Decision, Numbers, Passed, decide
 from phaul.source.throttle import STEPS, Throttle
 from phaul.transport.direct import Direct, Kind
 from phaul.urgency import Urgency
@@ -94,7 +94,7 @@ class SourceWorks:
         self.alive: Callable[[], None] = lambda: None  # called while a work takes long, but goes on; from any thread
         self._images: Checkpoint | None = None
         self._known = Known(Checkpoint())  # what images the destination has
-        self._round = 0  # the number of the next round on the wire
+        self._rounds = Numbers()
         self._stopped = False  # the round that is being sent is not wanted any more
         self._slower = 0  # steps of throttling taken
         self._direct: Direct | None = None
@@ -209,10 +209,10 @@ class SourceWorks:
             role=Role.SOURCE,
             boot=boot_id(),
             owner=Task.of(os.getpid()),
-            program=_words(self._orders.root),
+            program=self._orders.program,
             peer=self._orders.peer,
             cgroup=where,
-            tasks=tuple(_living(pids)),
+            tasks=tuple(Task.living(pids)),
             undo=(Undo(**network_hold.undo_entry(self.migration, self._own_network)),),
             addresses=self._orders.moved,
             link=self.link,
@@ -273,7 +273,10 @@ class SourceWorks:
         return "" if os.path.samefile(path, "/proc/self/ns/net") else path
 
     def _announce(self, kind: Kind, checkpoint: Checkpoint) -> None:
-        """Send images as a whole. The final ones are told by what differs from the last of these."""
+        """Send images as a whole. The final ones are told by what differs from the last of these. A round that was
+        announced before them had no pages."""
+        if self._rounds.pending:
+            self._departure.page_source.end(self._begin_round())
         self.direct.send(kind, checkpoint.to_bytes())
         self._known = Known(checkpoint)
 
@@ -286,7 +289,7 @@ class SourceWorks:
         plain = (str, int, bool, list)
         options = {key: value for key, value in self._orders.options.items() if isinstance(value, plain)}
         who: dict[str, Any] = {
-            "program": _words(self._orders.root),
+            "program": self._orders.program,
             "host": os.uname().nodename,
             "workload": self._orders.workload,
             **self.haul.told,
@@ -307,10 +310,8 @@ class SourceWorks:
         self.haul.stop()
 
     def _begin_round(self) -> int:
-        """Announce a round; its number on the wire, where those that a freeze has sent count too."""
-        number, self._round = self._round, self._round + 1
-        self.direct.send_round(number)
-        return number
+        """Announce a round, if that has not been done; its number."""
+        return self._rounds.begin(self.direct.send_round)
 
     def _watch_round(self, number: int, wire: int, before: SourceStatistics, begun: float) -> None:
         """Wait for the round's end, and tell how it goes on."""
@@ -402,6 +403,7 @@ class SourceWorks:
     def hurry(self) -> None:
         """Before the freeze: the destination is to be ready when it begins. It answers. What is done here in the freeze
         only is done once meanwhile, to no effect: the first time takes longest."""
+        self._rounds.announce(self.direct.send_round)
         self.direct.send(Kind.HURRY, b"\1")
         self._known.delta(self.survey.checkpoint)
 
@@ -446,7 +448,7 @@ class SourceWorks:
             phases.over("send")
             self._departure.let_go()
             async with asyncio.timeout(timeout + _LAST_PAGES):  # may take long: it can be called off meanwhile
-                await self._departure.page_source.over(self._round - 1)
+                await self._departure.page_source.over(self._rounds.last)
             phases.over("last pages")
 
     def _collect(self, timeout: float) -> Checkpoint:
@@ -586,15 +588,3 @@ class SourceWorks:
         network, self._network = self._network, None
         if network is not None:
             network.hold.close()
-
-
-def _living(pids: Iterable[int]) -> Iterator[Task]:
-    """Those that have not ended since they were counted."""
-    for pid in pids:
-        with contextlib.suppress(GoneError):
-            yield Task.of(pid)
-
-
-def _words(root: int) -> str:
-    with open(f"/proc/{root}/comm") as comm:
-        return f"pid {root} ({comm.read().strip()})"

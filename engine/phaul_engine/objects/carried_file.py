@@ -276,7 +276,7 @@ def undo_entries(checkpoint: Checkpoint, pids: Iterable[int]) -> list[dict[str, 
             with _same_file(*noted) as found:
                 if found is not None:
                     files[kind].append(noted)
-    tasks = lives.tasks(pids)
+    tasks = lives.tasks(pids) if any(files.values()) else []
     return [{"kind": kind, "data": {"files": some, "tasks": tasks}} for kind, some in files.items() if some]
 
 

@@ -120,6 +120,8 @@ def replayer(restoration: Restoration, family: int) -> Replayer:
 def entry(restoration: Restoration, path: str) -> dict[str, Any] | None:
     """The journal's entry for `redo`, None if nothing is mute; to be made when everything is settled and the tree has
     its descriptors. What is to be done is written to `path`, which need not survive a reboot: nor does the tree."""
+    if not noted(restoration):
+        return None
     places: dict[int, tuple[int, int]] = {}
     for inner, task in restoration.tasks.items():
         if not restoration.checkpoint.has("ids", inner):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phaul.migration import Verdict
-from phaul.source.rounds import PAGE, Decision, Passed, Wanted, decide, predict
+from phaul.source.rounds import PAGE, Decision, Numbers, Passed, Wanted, decide, predict
 
 WANTED = Wanted(max_downtime=0.1, max_rounds=30)
 
@@ -104,3 +104,28 @@ def test_every_steady_program_is_decided(heap: int, dirty: float, link: float) -
     assert len(rounds) <= WANTED.max_rounds
     if rounds[-1][1].verdict is Verdict.GIVE_UP:
         assert dirty * PAGE * 2 > link, "a program half as fast as the link converges"
+
+
+def test_a_round_is_announced_once_and_before_it_begins() -> None:
+    numbers, told = Numbers(), list[int]()
+    assert numbers.begin(told.append) == numbers.last == 0
+    assert told == [0]
+    numbers.announce(told.append)
+    numbers.announce(told.append)
+    assert (told, numbers.last, numbers.pending) == ([0, 1], 0, True)
+    assert numbers.begin(told.append) == numbers.last == 1
+    assert (told, numbers.pending) == ([0, 1], False)
+    assert numbers.begin(told.append) == 2
+    assert told == [0, 1, 2]
+
+
+def test_a_round_that_cannot_be_announced_has_not_been() -> None:
+    def lost(number: int) -> None:
+        raise OSError(104, "cut")
+
+    numbers, told = Numbers(), list[int]()
+    with pytest.raises(OSError, match="cut"):
+        numbers.announce(lost)
+    assert not numbers.pending
+    assert numbers.begin(told.append) == 0
+    assert told == [0]
