@@ -178,6 +178,8 @@ class Collector:
         known, changed = self._guards.get(member.pid), self._new_guards.pop(member.pid, None)
         where = None
         if not survey and known is not None and changed is not None:
+            if not len(known) and not len(changed):
+                return known
             where = Extents(known)
             where.append(changed, Kind.DATA)
             where.unite()
@@ -564,14 +566,20 @@ def _make_uffd(interpreter: Any, member: Member) -> int:
 
 
 def _collect_inventory(now: Clocks, collection: Collection) -> None:
+    collection.checkpoint.put("inventory", None, _inventory())
+    clocks = timens_pb2.timens_entry()
+    clocks.monotonic.tv_sec, clocks.monotonic.tv_nsec = divmod(now.monotonic, _SECOND)
+    clocks.boottime.tv_sec, clocks.boottime.tv_nsec = divmod(now.boottime, _SECOND)
+    collection.checkpoint.put("timens", 0, clocks)
+
+
+@functools.cache
+def _inventory() -> inventory_pb2.inventory_entry:
+    """What is the same in all images that we write."""
     inventory = inventory_pb2.inventory_entry(img_version=_IMAGE_VERSION, fdinfo_per_id=True, ns_per_id=True)
     inventory.root_ids.CopyFrom(lineup.ids(*[_OURS] * 4))  # no process of the tree shares memory or files with us
     census.write(inventory.root_ids, census.HOST)
     here = vdso.local()
     if here is not None:
         inventory.phaul_vdso = here.code.data
-    collection.checkpoint.put("inventory", None, inventory)
-    clocks = timens_pb2.timens_entry()
-    clocks.monotonic.tv_sec, clocks.monotonic.tv_nsec = divmod(now.monotonic, _SECOND)
-    clocks.boottime.tv_sec, clocks.boottime.tv_nsec = divmod(now.boottime, _SECOND)
-    collection.checkpoint.put("timens", 0, clocks)
+    return inventory

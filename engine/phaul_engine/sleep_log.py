@@ -18,15 +18,14 @@ import ctypes
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import EngineError, GoneError
 from .native import check, ffi, lib, new_error
-from .proc.access import open_process
-from .proc.maps import Area, read_maps
+from .proc.access import open_process, read_bytes
+from .proc.maps import Area, parse_maps
 from .proc.tree import read_tree
 from .proc.waiting import (
     Waiting,
@@ -359,5 +358,9 @@ def _lend(process: Process, thread: Thread, content: bytes) -> int:
 
 
 def _area_at(process: Process, address: int) -> Area | None:
-    areas: Iterator[Area] = (area for area in read_maps(process.proc) if area.start <= address < area.end)
-    return next(areas, None)
+    """The area of an address. Only that one is parsed: a program may have thousands."""
+    for line in read_bytes(process.proc, "maps").split(b"\n"):
+        start, _, rest = line.partition(b"-")
+        if rest and int(start, 16) <= address < int(rest.partition(b" ")[0], 16):
+            return parse_maps(line + b"\n")[0]
+    return None

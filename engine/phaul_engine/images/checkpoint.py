@@ -34,7 +34,8 @@ class Checkpoint:
 
     def put(self, kind: str, ident: Ident, message: Any, payload: bytes = b"") -> Record:
         """Append a record."""
-        kind_of(kind).name(ident)
+        if (kind, ident) not in self._files:
+            kind_of(kind).name(ident)
         record = Record(message, payload)
         self._files.setdefault((kind, ident), []).append(record)
         return record

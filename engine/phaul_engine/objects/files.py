@@ -8,6 +8,7 @@ entries of steady kinds are collected again only where something changed.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import stat
@@ -20,7 +21,7 @@ from typing import Self, TypeAlias
 from phaul_engine import calls
 from phaul_engine.errors import EngineError, GoneError
 from phaul_engine.images.pb import fdinfo_pb2, fs_pb2
-from phaul_engine.proc import access, fdinfo
+from phaul_engine.proc import access, descriptors, fdinfo
 from phaul_engine.proc.locks import FileLock
 
 from . import file_locks, mounted, unsupported
@@ -173,22 +174,24 @@ class FilesPass:
         order: list[tuple[int, Descriptor]] = []
         tables = list(tables)
         for table in tables:
-            with ExitStack() as stack:
-                infos = access.open_at(table.owner.proc, "fdinfo", os.O_PATH)
-                stack.callback(os.close, infos)
-                for fd in access.list_numbers(table.owner.proc, "fd"):
-                    descriptor = self._examine(table, fd, infos)
-                    if descriptor is not None:
-                        found.setdefault(self._look(descriptor), []).append(((table.files_id, fd), descriptor))
-                        order.append((table.files_id, descriptor))
-        for look, members in found.items():
+            numbers = access.list_numbers(table.owner.proc, "fd")
+            looks = descriptors.look_at(table.owner.proc, table.pidfd, numbers)
+            for look in looks:
+                if look.own >= 0:
+                    self._stack.callback(os.close, look.own)
+            for fd, look in zip(numbers, looks, strict=True):
+                descriptor = self._examine(table, fd, look)
+                if descriptor is not None:
+                    found.setdefault(self._look(descriptor), []).append(((table.files_id, fd), descriptor))
+                    order.append((table.files_id, descriptor))
+        for appearance, members in found.items():
             for same in self._descriptions(members):
                 file_id = self._files.claim_id((place for place, _ in same), self._taken, same[0][1].status)
                 self._taken.add(file_id)
                 for place, descriptor in same:
                     self._ids[place] = file_id
                     self._collection.numbers.setdefault(descriptor.fd, set()).add(file_id)
-                self._like.setdefault(look, []).append((same[0][1], file_id))
+                self._like.setdefault(appearance, []).append((same[0][1], file_id))
                 self._collection.descriptors[file_id] = same[0][1]
         for file_id, descriptor in list(self._collection.descriptors.items()):
             self._collect(descriptor, file_id)
@@ -283,19 +286,16 @@ class FilesPass:
         self._collection.descriptors[file_id] = descriptor
         return file_id if self._collect(descriptor, file_id) else 0
 
-    def _examine(self, table: Table, fd: int, infos: int) -> Descriptor | None:
+    def _examine(self, table: Table, fd: int, look: descriptors.Look) -> Descriptor | None:
         """One descriptor; None if a running process has closed it meanwhile."""
         try:
-            own = calls.pidfd_getfd(table.pidfd, fd)
-        except OSError as error:
-            if self._collection.survey:
-                return None
-            raise EngineError(f"cannot duplicate fd {fd} of {table.owner}: {error.strerror}") from error
-        self._stack.callback(os.close, own)
-        try:
-            status = os.fstat(own)
-            info = self._info((table.files_id, fd), access.read_text(infos, str(fd)))
-            return Descriptor(table.owner, fd, own, _link(table.owner.proc, fd, status, info.flags), info, status)
+            if look.own < 0 and look.own != -errno.EBADF:
+                raise EngineError(f"cannot duplicate fd {fd} of {table.owner}: {os.strerror(-look.own)}")
+            if look.own < 0 or not look.text:
+                raise GoneError(f"fd {fd} of {table.owner} is gone")
+            status, info = os.fstat(look.own), self._info((table.files_id, fd), look.text)
+            link = _link(table.owner.proc, fd, status, info.flags)
+            return Descriptor(table.owner, fd, look.own, link, info, status)
         except GoneError:
             if self._collection.survey:
                 return None
