@@ -15,23 +15,23 @@ from phaul_engine.objects import staged
 from phaul_engine.objects.base import SkeletonTask
 from phaul_engine.objects.staged import Staged
 
-PLACE = "/mnt/place"
-"""Of the tree: on this host it is another directory."""
 DIRECTORY = os.O_PATH | os.O_DIRECTORY
 
 
 @dataclass
 class Tree:
-    """One process in a mount namespace, which has `outer` of this host mounted at /mnt, or a tmpfs."""
+    """One process in a mount namespace, which has `outer` of this host mounted somewhere, or a tmpfs. `place` is a
+    directory there: on this host it is another one, or none."""
 
     process: subprocess.Popen[str]
     outer: Path
+    place: Path
     task: SkeletonTask
 
     def stage(self) -> tuple[str, dict[str, Any]]:
-        """A file for PLACE, as an agent leaves it that dies: the directory it waits in, and the journal's entry."""
-        parent = os.open(f"/proc/{self.process.pid}/root{PLACE}", DIRECTORY)
-        one = Staged(parent, staged.fresh_name(), "file", f"{PLACE}/file", (self.task,))
+        """A file for `place`, as an agent leaves it that dies: the directory it waits in, and the journal's entry."""
+        parent = os.open(f"/proc/{self.process.pid}/root{self.place}", DIRECTORY)
+        one = Staged(parent, staged.fresh_name(), "file", f"{self.place}/file", (self.task,))
         os.mkdir(one.directory, dir_fd=parent)
         os.close(os.open(f"{one.directory}/file", os.O_WRONLY | os.O_CREAT, dir_fd=parent))
         entry = one.entry()
@@ -39,7 +39,7 @@ class Tree:
         return one.directory, entry["data"]
 
     def inside(self) -> list[str]:
-        return os.listdir(f"/proc/{self.process.pid}/root{PLACE}")
+        return os.listdir(f"/proc/{self.process.pid}/root{self.place}")
 
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -50,14 +50,15 @@ class Tree:
 def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tree]:
     outer = tmp_path / "outer"
     (outer / "place").mkdir(parents=True)
-    mount = f"mount --bind {outer} /mnt" if request.param == "of the host" else "mount -t tmpfs none /mnt"
-    words = ["unshare", "--mount", "sh", "-c", f"{mount} && mkdir -p {PLACE} && echo up && exec sleep 600"]
+    (spot := tmp_path / "spot").mkdir()
+    mount = f"mount --bind {outer} {spot}" if request.param == "of the host" else f"mount -t tmpfs none {spot}"
+    words = ["unshare", "--mount", "sh", "-c", f"{mount} && mkdir -p {spot}/place && echo up && exec sleep 600"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     proc = os.open(f"/proc/{process.pid}", DIRECTORY)
     root = os.open("root", DIRECTORY, dir_fd=proc)
-    made = Tree(process, outer, SkeletonTask(process.pid, process.pid, proc, root, -1))
+    made = Tree(process, outer, spot / "place", SkeletonTask(process.pid, process.pid, proc, root, -1))
     yield made
     os.close(root)
     os.close(proc)
@@ -83,7 +84,7 @@ def test_one_that_is_to_stay_gets_its_name(tree: Tree) -> None:
     staged.redo(data)
     staged.redo(data)
     assert tree.inside() == ["file"]
-    assert not Path(PLACE).exists(), "that is the host's, and not meant"
+    assert not tree.place.exists(), "that is the host's, and not meant"
 
 
 def test_a_directory_that_the_host_does_not_see_is_not_one_of_its_own(tree: Tree) -> None:
@@ -93,13 +94,13 @@ def test_a_directory_that_the_host_does_not_see_is_not_one_of_its_own(tree: Tree
     if "tasks" not in data:
         assert data["directory"] == str(tree.outer / "place" / waits_in)
         return
-    Path(PLACE).mkdir()
+    tree.place.mkdir()
     try:
-        host = Path(PLACE) / waits_in
+        host = tree.place / waits_in
         host.mkdir()
         (host / "file").touch()
         staged.undo(data)
         staged.redo(data)
         assert (host / "file").exists()
     finally:
-        subprocess.run(["rm", "-r", PLACE], check=True)
+        subprocess.run(["rm", "-r", tree.place], check=True)
