@@ -296,22 +296,28 @@ class Collector:
                 for member in begun.living:
                     visit = Visit(member.process, self._gadgets[member.pid], member.areas, {})
                     surrender.from_inside(tree, visit, begun.files.locks(member.files))
+            self._collect_dead(members, collection)
+            if not survey:  # while threads are on their way out
+                self._complete(begun, collection)
             tree.over()
             hold()
-            self._collect_dead(members, collection)
             if survey:
                 self._look_outside(members, begun.files, collection)
-            for member in begun.living:
-                mm = collection.checkpoint.one("mm", member.owner.inner_pid)
-                mm.mm_brk = collection.scratch["brk"][member.pid]
+                self._complete(begun, collection)
             self._seal(collection, seal, surrender)
             begun.passing.close()
             for kind in task_kinds():
                 kind.finish(collection)
-            lineup.collect(members, self._census, collection)
             if survey:
                 judge_tree(members, collection)
         return collection
+
+    def _complete(self, begun: _Pass, collection: Collection) -> None:
+        """What takes both what was seen from outside and what threads have said."""
+        for member in begun.living:
+            mm = collection.checkpoint.one("mm", member.owner.inner_pid)
+            mm.mm_brk = collection.scratch["brk"][member.pid]
+        lineup.collect(begun.members, self._census, collection)
 
     def _meet(
         self, tree: Tree, stack: contextlib.ExitStack, texts: Mapping[int, bytes], *, survey: bool

@@ -18,7 +18,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SPIN_US 60
+#define SPIN_US 60         /* for a job's end */
+#define IDLE_SPIN_US 150   /* for the next job */
 #define D_STATE_US 100000
 #define SPINS 12   /* looks at a task that is about to stop, before it gets our CPU */
 #define FIRST_LOOKS 3      /* after */
@@ -94,9 +95,9 @@ free_caller (struct ph_tracer *tracer)
 /* Inside the freeze one job follows the other within microseconds: to sleep and be woken for each would cost more than
    the jobs. */
 static void
-spin_until (const bool *flag)
+spin_until (const bool *flag, int64_t us)
 {
-	for (int64_t end = ph_now_us () + SPIN_US; !__atomic_load_n (flag, __ATOMIC_ACQUIRE) && ph_now_us () < end;)
+	for (int64_t end = ph_now_us () + us; !__atomic_load_n (flag, __ATOMIC_ACQUIRE) && ph_now_us () < end;)
 		for (int i = 0; i < 32; i++)
 			__builtin_ia32_pause ();
 }
@@ -132,7 +133,7 @@ tracer_main (void *argument)
 	make_alarm ();
 	for (;;)
 		{
-			spin_until (&tracer->pending);
+			spin_until (&tracer->pending, IDLE_SPIN_US);
 			pthread_mutex_lock (&tracer->lock);
 			while (!tracer->pending && !tracer->quit)
 				pthread_cond_wait (&tracer->changed, &tracer->lock);
@@ -215,7 +216,7 @@ ph_tracer_begin (struct ph_tracer *tracer, ph_job job, void *args, struct ph_err
 long
 ph_tracer_end (struct ph_tracer *tracer)
 {
-	spin_until (&tracer->done);
+	spin_until (&tracer->done, SPIN_US);
 	pthread_mutex_lock (&tracer->lock);
 	while (!tracer->done)
 		pthread_cond_wait (&tracer->changed, &tracer->lock);
