@@ -25,6 +25,7 @@
 #define ANSWERED 1
 #define FAILED 2
 #define CALLER_SPIN_US 60
+#define LOOK_NS 1000000 /* from look to look, should a wake be lost */
 #define PATIENCE_MS 2000 /* an interpreter whose engine is silent for so long goes home by itself */
 #define ROOM (PH_SLOT_SIZE - PH_SLOT_STACK - PH_SLOT_FRAME - 2048)
 
@@ -253,7 +254,7 @@ ph_visit_await (struct ph_visiting *visiting)
 		if (ph_now_us () < end)
 			__builtin_ia32_pause ();
 		else
-			syscall (SYS_futex, word, FUTEX_WAIT_PRIVATE, WAITING, NULL, NULL, 0);
+			syscall (SYS_futex, word, FUTEX_WAIT_PRIVATE, WAITING, &(struct timespec){ .tv_nsec = LOOK_NS }, NULL, 0);
 	return now == ANSWERED;
 }
 

@@ -29,6 +29,7 @@ from .base import Collection, Descriptor, DescriptorKind, Owner, descriptor_kind
 from .description import is_path
 
 _FD_CLOEXEC = 1
+_GONE = (errno.EBADF, errno.ESRCH)  # of a descriptor, or of all of a process that is about to end
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,7 @@ class FilesPass:
     def _examine(self, table: Table, fd: int, look: descriptors.Look) -> Descriptor | None:
         """One descriptor; None if a running process has closed it meanwhile."""
         try:
-            if look.own < 0 and look.own != -errno.EBADF:
+            if look.own < 0 and -look.own not in _GONE:
                 raise EngineError(f"cannot duplicate fd {fd} of {table.owner}: {os.strerror(-look.own)}")
             if look.own < 0 or not look.text:
                 raise GoneError(f"fd {fd} of {table.owner} is gone")
