@@ -162,19 +162,13 @@ RULES = (
         "connections are touched when the tree is frozen",
         "engine/phaul_engine/collect.py",
         "            hold()\n"
-        "            self._collect_dead(members, collection)\n"
         "            if survey:\n"
         "                self._look_outside(members, begun.files, collection)\n"
-        "            for member in begun.living:\n"
-        '                mm = collection.checkpoint.one("mm", member.owner.inner_pid)\n'
-        '                mm.mm_brk = collection.scratch["brk"][member.pid]\n'
+        "                self._complete(begun, collection)\n"
         "            self._seal(collection, seal, surrender)\n",
-        "            self._collect_dead(members, collection)\n"
         "            if survey:\n"
         "                self._look_outside(members, begun.files, collection)\n"
-        "            for member in begun.living:\n"
-        '                mm = collection.checkpoint.one("mm", member.owner.inner_pid)\n'
-        '                mm.mm_brk = collection.scratch["brk"][member.pid]\n'
+        "                self._complete(begun, collection)\n"
         "            self._seal(collection, seal, surrender)\n"
         "            hold()\n",
         "tests/kernel/network/test_order.py",

@@ -24,7 +24,6 @@ from .inquiry import Inquiry, inquire, standing
 from .lock_move import Surrender
 from .members import Member, name_threads, opened, read_name
 from .memory import guards
-from .memory.extents import Extents, Kind
 from .namespaces import census, lodging
 from .namespaces.mnt import source as mounts
 from .namespaces.net import kind as net
@@ -120,7 +119,8 @@ class _Pass(NamedTuple):
 
 
 class Collector:
-    """Collects a tree, any number of times. `uffds` are userfaultfds made inside the processes, by pid."""
+    """Collects a tree, any number of times. `uffds` are userfaultfds made inside the processes, by pid;
+    `guards` is told what scans see between passes."""
 
     def __init__(self, options: dict[str, Any] | None = None) -> None:
         self.options = options or {}
@@ -135,8 +135,7 @@ class Collector:
         self._known: dict[int, _Known] = {}
         self._told: dict[int, _Told] = {}
         self._names: dict[int, int] = {}  # of threads in their own pid namespace, by tid
-        self._guards: dict[int, Extents] = {}
-        self._new_guards: dict[int, Extents] = {}
+        self.guards = guards.Log()
         self._last_number = 0
         self._pass: _Pass | None = None
 
@@ -165,28 +164,6 @@ class Collector:
         """Descriptors of the files on network storage that the tree of the last pass writes."""
         return network_files.kept(self._memory)
 
-    def note_guards(self, pid: int, changed: Extents) -> None:
-        """Which guard pages stood where memory of a process changed, as each scan since the last survey saw it: with
-        these, the pass in the freeze need not walk all of its page tables."""
-        self._new_guards.setdefault(pid, Extents()).append(changed, Kind.DATA)
-
-    def forget_guards(self, pid: int) -> None:
-        """A scan did not tell what changed: the next pass looks everywhere."""
-        self._guards.pop(pid, None)
-
-    def _find_guards(self, member: Member, *, survey: bool) -> Extents:
-        known, changed = self._guards.get(member.pid), self._new_guards.pop(member.pid, None)
-        where = None
-        if not survey and known is not None and changed is not None:
-            if not len(known) and not len(changed):
-                return known
-            where = Extents(known)
-            where.append(changed, Kind.DATA)
-            where.unite()
-        found = guards.of_process(member.process.proc, member.areas, where)
-        self._guards[member.pid] = found
-        return found
-
     def _forget(self, pid: int) -> None:
         mem = self._known.pop(pid).mem
         found = self._gadgets.pop(pid, None)
@@ -194,8 +171,7 @@ class Collector:
             gadgets.remove(mem, found)
         os.close(mem)
         self._mapped.pop(pid, None)
-        self._guards.pop(pid, None)
-        self._new_guards.pop(pid, None)
+        self.guards.forget(pid)
         uffd = self.uffds.pop(pid, None)
         if uffd is not None:
             os.close(uffd)
@@ -542,7 +518,8 @@ class Collector:
             entries = address_space.collect_areas(member.owner, member.areas, sources, collection)
             mm.vmas.extend(entries)
             self._mapped[member.pid] = _Mapped(member.areas, entries)
-        mm.vmas.extend(address_space.guard_entries(self._find_guards(member, survey=collection.survey)))
+        found = self.guards.find(member.pid, member.process.proc, member.areas, survey=collection.survey)
+        mm.vmas.extend(address_space.guard_entries(found))
         collection.checkpoint.put("mm", member.owner.inner_pid, mm)
 
 

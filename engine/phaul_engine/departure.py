@@ -21,7 +21,7 @@ from .errors import BusyError, EngineError, GoneError, TargetError, refusal
 from .images.checkpoint import Checkpoint
 from .lock_move import Note, Surrender
 from .looks import look_again
-from .memory import objects
+from .memory import guards, objects
 from .memory.areas import Care, Mapping, care_of, described, open_shared
 from .memory.extents import Extents, Kind, Place
 from .memory.files import present
@@ -299,6 +299,7 @@ class Departure:
     def let_go(self) -> None:
         """Detach from the frozen tree: it runs on, unless a frozen cgroup holds it."""
         self._collector.drop()
+        self._collector.guards.released()
         tree, self._tree = self._tree, None
         if tree is not None:
             tree.close()
@@ -357,7 +358,9 @@ class Departure:
                 self.page_source.forget(space.number, start, end)
 
     def _send_space(self, space: _Space, *, clear: bool) -> None:
-        """Send what changed in an address space; guard pages that came are among it, and the others where they were."""
+        """Send what changed in an address space; guard pages that came are among it, and the others where they were.
+        Where a scan does not tell what changed, all are looked for: after it, so that the next one tells of later
+        ones."""
         whole = not space.sent or space.lost or bool(space.anew) or space.tracker.needs_stop
         changed = Extents()
         for extents in self._scan(space, clear=clear):
@@ -365,9 +368,9 @@ class Departure:
                 space.tracker.find_guards(extents, changed)
             self.page_source.send(space.number, extents)
         if whole:
-            self._collector.forget_guards(space.pid)
+            self._collector.guards.know(space.pid, guards.of_process(space.proc, space.areas))
         else:
-            self._collector.note_guards(space.pid, changed)
+            self._collector.guards.note(space.pid, changed, last=not clear)
 
     def _scan(self, space: _Space, *, clear: bool) -> Iterator[Extents]:
         """What is to be sent of an address space."""
