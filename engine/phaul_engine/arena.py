@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .errors import RebuildError, TargetError
@@ -119,11 +119,27 @@ class Arena:
         """The same, any number in each, where nobody asks for what they leave; TargetError all the same if one stops
         early. `meanwhile` is done while they run, and needs no tracer."""
         for seat, mine in programs.items():
-            self.load(seat.slot, mine)
-        slots = ffi.new("int32_t[]", [seat.slot for seat in programs])
-        tids = ffi.new("int32_t[]", [seat.tid for seat in programs])
+            self.begin(seat, mine)
+        self.wait(tracer, programs.keys(), timeout_ms, meanwhile)
+
+    def begin(self, seat: Seat, programs: Sequence[Program]) -> None:
+        """Begin programs in a seat. `wait` must follow, unless they do not come to their end: `check` raises if one
+        did, because it failed."""
+        self.load(seat.slot, programs)
+        lib.ph_ring(self.pointer, seat.slot)
+
+    def wait(
+        self,
+        tracer: Any,
+        seats: Collection[Seat],
+        timeout_ms: int = 10_000,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
+        """Wait for programs that have been begun in these seats; the rest as in `order`."""
+        slots = ffi.new("int32_t[]", [seat.slot for seat in seats])
+        tids = ffi.new("int32_t[]", [seat.tid for seat in seats])
         err = new_error()
-        running = lib.ph_run_begin(tracer, self.pointer, slots, tids, len(programs), timeout_ms, err)
+        running = lib.ph_run_begin(tracer, self.pointer, slots, tids, len(seats), timeout_ms, err)
         if not running:
             raise failure(err)
         try:
@@ -132,13 +148,8 @@ class Arena:
         finally:
             result = lib.ph_run_end(running)
         check(result, err)
-        for seat in programs:
+        for seat in seats:
             self.check(seat)
-
-    def ring(self, seat: Seat, program: Program) -> None:
-        """Begin a program that does not come to its end. `check` raises if it did, because it failed."""
-        self.load(seat.slot, [program])
-        lib.ph_ring(self.pointer, seat.slot)
 
     def _head(self, slot: int) -> Any:
         if not 0 <= slot < self.slots:

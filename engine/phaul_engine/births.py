@@ -8,7 +8,7 @@ import resource
 import signal
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from . import arena, catching, plan
@@ -117,23 +117,28 @@ class Births:
         seat = task.seats[task.node.pid]
         return self.arena.run(self.tracer.handle, {seat: program})[seat]
 
-    def run_all(self, programs: Mapping[Seat, Sequence[Program]], meanwhile: Callable[[], None] | None = None) -> None:
+    def run_all(
+        self, programs: Iterable[tuple[Seat, Sequence[Program]]], meanwhile: Callable[[], None] | None = None
+    ) -> None:
         """Run programs in threads, all at once, those of a thread one after the other: as many as fit into a slot
-        without anybody looking. `meanwhile` is done while the last of them run, and needs no tracer."""
-        loads = {seat: arena.loads([part for one in mine for part in one.parts]) for seat, mine in programs.items()}
-        count = max(map(len, loads.values()), default=0)
-        for index in range(count):
-            now = {seat: mine[index] for seat, mine in loads.items() if index < len(mine)}
-            self.arena.order(self.tracer.handle, now, meanwhile=meanwhile if index == count - 1 else None)
-        if not count and meanwhile is not None:
-            meanwhile()
+        without anybody looking. Each thread begins as soon as what it runs is known. `meanwhile` is done when all have
+        begun, and needs no tracer."""
+        left: dict[Seat, list[list[Program]]] = {}
+        for seat, mine in programs:
+            loads = arena.loads(part for one in mine for part in one.parts)
+            if loads:
+                self.arena.begin(seat, loads[0])
+                left[seat] = loads[1:]
+        self.arena.wait(self.tracer.handle, left.keys(), meanwhile=meanwhile)
+        while left := {seat: loads for seat, loads in left.items() if loads}:
+            self.arena.order(self.tracer.handle, {seat: loads.pop(0) for seat, loads in left.items()})
 
     def rehearse(self, programs: Mapping[Seat, Sequence[Program]]) -> None:
         """Put programs where they will run, and run others there that do nothing."""
         for seat, mine in programs.items():
-            for load in arena.loads([part for one in mine for part in one.parts]):
+            for load in arena.loads(part for one in mine for part in one.parts):
                 self.arena.load(seat.slot, load)
-        self.run_all({seat: [_idle(), _idle()] for seat in programs})
+        self.run_all((seat, [_idle(), _idle()]) for seat in programs)
 
     def lend(self, seat: Seat, content: bytes) -> int:
         """Put bytes into the slot of a thread that interprets no more; returns their address in the task."""
@@ -283,7 +288,7 @@ class Births:
             os.close(fd)
         program = Program()
         pid_namespace.execute(program, number, first)
-        self.arena.ring(seat, program)
+        self.arena.begin(seat, [program])
         deadline = time.monotonic() + _EXEC_PATIENCE
         while not pid_namespace.is_init(seat.tid):
             self.arena.check(seat)

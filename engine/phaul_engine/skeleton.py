@@ -162,7 +162,7 @@ class Skeleton:
                 self._equipment.place(task)
         self._equipment.attach()
         self._births.run_all(
-            {seat: [self._assemble(task, tid, Phase.EARLY)] for task in new for tid, seat in task.seats.items()}
+            (seat, [self._assemble(task, tid, Phase.EARLY)]) for task in new for tid, seat in task.seats.items()
         )
 
     def protect(self) -> None:
@@ -239,28 +239,28 @@ class Skeleton:
         """All that tasks do themselves in the end, with what is prepared meanwhile for the time after. `passed`: see
         `_passed`; what is over by then is over, also in what is prepared."""
 
-        def prepare() -> None:
-            self._prepare_states(passed)
-
-        first: dict[Seat, list[Program]] = {}
         last: dict[Seat, list[Program]] = {}
-        for task in self._births.living:
-            apart = self._is_waited_for(task)
+
+        def endings() -> Iterator[tuple[Seat, list[Program]]]:
+            for task in living:
+                apart = self._is_waited_for(task)
+                for tid, seat in task.seats.items():
+                    begun, ending = self._ending(task, tid, passed)
+                    if apart:
+                        last[seat] = ending
+                    yield seat, [begun] if apart else [begun, *ending]
+
+        living = self._births.living
+        for task in living:
             self._spaces.protect(task)
-            for tid, seat in task.seats.items():
-                begun, ending = self._ending(task, tid, passed)
-                first[seat] = [begun] if apart else [begun, *ending]
-                if apart:
-                    last[seat] = ending
+        self._births.run_all(endings(), lambda: self._prepare_states(passed))
         if not last:
-            self._births.run_all(first, prepare)
             return
-        self._births.run_all(first)
-        for task in self._births.living:
+        for task in living:
             written = self.restoration.tasks[task.node.pid].written
             if written:
                 self.last_words.withhold(task.node.pid, task.pid, written, {tid: self._core(tid) for tid in task.seats})
-        self._births.run_all(last, prepare)
+        self._births.run_all(last.items())
 
     def _is_waited_for(self, task: Task) -> bool:
         """Whether all threads of a process must be through with Phase.FINAL before the first of them goes on: the

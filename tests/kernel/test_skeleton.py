@@ -98,12 +98,12 @@ def test_programs_run_one_after_the_other() -> None:
             mask = program.register()
             program.load(mask, buffer.at(60_000))
             program.call(NR.umask, mask, expect=number - 1)
-        births.run_all({leader: [*programs, Program()]})
+        births.run_all([(leader, [*programs, Program()])])
         assert int(read_text(births.view(births.tasks[pid]).proc, "status").split("Umask:\t")[1][:4], 8) == 10
         programs[4].order(NR.close, 9999, label="close what is not open")
         programs[0].order(NR.umask, 1)
         with pytest.raises(TargetError, match="close what is not open"):
-            births.run_all({leader: programs})
+            births.run_all([(leader, programs)])
 
 
 def test_a_skeleton_dies_with_its_maker() -> None:

@@ -182,12 +182,12 @@ int ph_visit_end (struct ph_visiting *visiting);
    second call tells why. */
 int ph_visit_await (struct ph_visiting *visiting);
 
-/* Ring the interpreters in these slots of an arena and wait until all are done. Events of traced tasks (births) are
-   handled meanwhile. Fails with ETIMEDOUT, or ECHILD naming a task that died or was hit by a signal. */
-int ph_run (struct ph_tracer *tracer, void *arena, const int32_t *slots, const int32_t *tids, size_t count,
-	    int timeout_ms, struct ph_error *err);
+/* Ring the interpreter in a slot of an arena, and wait for nothing. */
+void ph_ring (void *arena, int slot);
 
-/* The same in two halves: as ph_visit_begin and ph_visit_end. */
+/* Wait until the interpreters in these slots, which have been rung, are done. Events of traced tasks (births) are handled
+   meanwhile. In two halves, as ph_visit_begin and ph_visit_end. Fails with ETIMEDOUT, or ECHILD naming a task that died
+   or was hit by a signal. */
 struct ph_running;
 struct ph_running *ph_run_begin (struct ph_tracer *tracer, void *arena, const int32_t *slots, const int32_t *tids,
 				 size_t count, int timeout_ms, struct ph_error *err);
@@ -292,9 +292,6 @@ int ph_release (struct ph_tracer *tracer, const int32_t *tids, size_t count, str
 unsigned ph_xstate_component (unsigned index, unsigned *offset);
 /* The size of that area with the components the kernel has enabled, and their set (XCR0). */
 void ph_xstate_layout (unsigned *size, uint64_t *xcr0);
-
-/* Ring an interpreter and wait for nothing: for a program that ends in execve(2). */
-void ph_ring (void *arena, int slot);
 
 /* The executable of a PID namespace's process 1 (interp/init.c). */
 const void *ph_init_image (size_t *size);

@@ -1,4 +1,4 @@
-/* Ring interpreters and wait for them, looking after the births and deaths that happen meanwhile. */
+/* Ring interpreters, and wait for them, looking after the births and deaths that happen meanwhile. */
 #include "tracer.h"
 
 #include "ph_interp.h"
@@ -79,17 +79,13 @@ handle_events (const struct run_job *job, struct ph_error *err)
 		}
 }
 
-static void
-ring (struct ph_slot *slot)
-{
-	__atomic_store_n (&slot->state, PH_SLOT_RUN, __ATOMIC_RELEASE);
-	syscall (SYS_futex, &slot->state, FUTEX_WAKE, 1, NULL, NULL, 0);
-}
-
 void
 ph_ring (void *arena, int slot)
 {
-	ring ((struct ph_slot *) ((uint8_t *) arena + (uint64_t) slot * PH_SLOT_SIZE));
+	struct ph_slot *head = (struct ph_slot *) ((uint8_t *) arena + (uint64_t) slot * PH_SLOT_SIZE);
+
+	__atomic_store_n (&head->state, PH_SLOT_RUN, __ATOMIC_RELEASE);
+	syscall (SYS_futex, &head->state, FUTEX_WAKE, 1, NULL, NULL, 0);
 }
 
 static long
@@ -139,8 +135,6 @@ ph_run_begin (struct ph_tracer *tracer, void *arena, const int32_t *slots, const
 			return NULL;
 		}
 	*running = (struct ph_running){ tracer, { arena, slots, tids, count, timeout_ms } };
-	for (size_t i = 0; i < count; i++)
-		ring (slot_of (&running->job, i));
 	ph_tracer_begin (tracer, run, &running->job, err);
 	return running;
 }
@@ -152,13 +146,4 @@ ph_run_end (struct ph_running *running)
 
 	free (running);
 	return result;
-}
-
-int
-ph_run (struct ph_tracer *tracer, void *arena, const int32_t *slots, const int32_t *tids, size_t count, int timeout_ms,
-	struct ph_error *err)
-{
-	struct ph_running *running = ph_run_begin (tracer, arena, slots, tids, count, timeout_ms, err);
-
-	return running ? ph_run_end (running) : -1;
 }
