@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import enum
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -251,14 +252,15 @@ class Driver:
             if self._ears and await self._listen_closely():
                 continue
             self._ready.clear()
-            wait = None if self._due is None else self._due - asyncio.get_running_loop().time()
-            if wait is not None and wait <= 0:
+            loop, due = asyncio.get_running_loop(), self._due
+            if due is not None and due <= loop.time():
                 return Expired()
+            alarm = None if due is None else loop.call_at(due, self._ready.set)
             try:
-                async with asyncio.timeout(wait):
-                    await self._ready.wait()
-            except TimeoutError:
-                continue
+                await self._ready.wait()
+            finally:
+                if alarm is not None:
+                    alarm.cancel()
         return self._events.popleft()
 
     async def _take(self, event: Event) -> None:
@@ -282,6 +284,11 @@ class Driver:
                 log.handle(record)
             self._unsaid.clear()
 
+    def _pass(self, point: str, *names: enum.Enum) -> None:
+        """A point of phaul.faults. Hardly anybody wants anything there: then it is not even put into words."""
+        if self._points is not faults.none:
+            self._points(f"{point} {'-'.join(name.name for name in names)}")
+
     async def _carry_out(self, actions: tuple[Action, ...]) -> None:
         """Do what a step asks for. The result of a swap is taken before anything else."""
         for action in actions:
@@ -302,13 +309,13 @@ class Driver:
 
     async def _send(self, message: Message, why: str) -> None:
         try:
-            self._points(f"before send {message.name}")
+            self._pass("before send", message)
             if self._worth_a_link(message):
                 await self._party.reconnect()
             if self._party.link is not None:
                 self._party.link.send_protocol(message, why)
                 self.sent.add(message)
-            self._points(f"after send {message.name}")
+            self._pass("after send", message)
         except (EngineError, InjectedError, OSError) as error:
             if message is Message.ABORT and self._worth_a_link(message):
                 self.untold = why or "called off"
@@ -328,13 +335,12 @@ class Driver:
         journal = self._party.journal
         if journal is None:  # the work that makes the row failed before there was one: nothing was touched
             return Swapped(swap.to)
-        change = f"{swap.expected.name}-{swap.to.name}"
         try:
-            self._points(f"before row {change}")
+            self._pass("before row", swap.expected, swap.to)
             journal.transition(swap.expected, swap.to, why=swap.why)
             if swap.sync:
                 await blocking(journal.sync)
-            self._points(f"after row {change}")
+            self._pass("after row", swap.expected, swap.to)
         except LostRaceError as error:
             return Refused(Row(error.state))
         except (JournalError, InjectedError) as error:
@@ -347,9 +353,9 @@ class Driver:
             before.cancel()
             await asyncio.wait({before})
         try:
-            self._points(f"before work {work.name}")
+            self._pass("before work", work)
             event: Event = await self._party.do(work)
-            self._points(f"after work {work.name}")
+            self._pass("after work", work)
         except WorkFailedError as error:
             log.info("%s failed: %s", work.name, error)
             event = Failed(work, str(error), error.outcome, error.again)
