@@ -3,8 +3,9 @@
 Every thread of the agent runs as SCHED_FIFO, so that it neither waits behind other programs nor for timer slack
 (nanosleep(2), "timer slack" in prctl(2)); children and new
 threads are ordinary again (SCHED_RESET_ON_FORK in sched(7)).
-The cyclic garbage collector stands still too. Without the privilege (CAP_SYS_NICE), or where the cgroup grants no
-real-time budget, only the collector does: the freeze is longer then on a busy host.
+The cyclic garbage collector stands still too, and no page of the agent faults because it has forked. Without the
+privilege (CAP_SYS_NICE), or where the cgroup grants no real-time budget, that is all: the freeze is longer then on a
+busy host.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import contextlib
 import gc
 import os
 
+from phaul_engine import own_memory
+
 _PRIORITY = 1
 
 
 class Urgency:
-    """Begun and ended any number of times. `begin` costs about 5 us a thread: before the freeze, not inside it."""
+    """Begun and ended any number of times. `begin` costs some milliseconds: before the freeze, not inside it."""
 
     def __init__(self) -> None:
         self._before: dict[int, tuple[int, os.sched_param]] = {}
@@ -30,6 +33,7 @@ class Urgency:
         self._urgent = True
         gc.collect(0)
         gc.disable()
+        own_memory.make_ready()
         for tid in map(int, os.listdir("/proc/self/task")):
             with contextlib.suppress(OSError):  # it ended, or we may not
                 before = os.sched_getscheduler(tid), os.sched_getparam(tid)

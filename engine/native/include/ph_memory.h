@@ -130,6 +130,10 @@ int ph_scan_mapping (const struct ph_scan *scan, uint64_t start, uint64_t size, 
    them (before 6.15), ENOTTY: it has none (before 6.7). */
 int ph_scan_guards (int pagemap, const struct ph_extents *where, struct ph_extents *found, struct ph_error *err);
 
+/* Have these pages of our own be writable without a fault (MADV_POPULATE_WRITE, Linux 5.14). Returns 0, or -1 with what the
+   kernel has against it: EINVAL where it does not know that. */
+int ph_make_ready (const struct ph_extents *list, struct ph_error *err);
+
 /* ---- Page source ---------------------------------------------------------- */
 
 #define PH_CODEC_RAW 0
