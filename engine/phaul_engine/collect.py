@@ -231,7 +231,8 @@ class Collector:
         """Give up a pass that has been begun, if there is one: nothing of it is left in the tree."""
         begun, self._pass = self._pass, None
         if begun is not None:
-            begun.stack.close()
+            with contextlib.suppress(EngineError):  # one that was asked has ended
+                begun.stack.close()
 
     def collect(
         self,
