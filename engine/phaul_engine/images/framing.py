@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 from google.protobuf.message import DecodeError, EncodeError, Message
@@ -58,16 +59,14 @@ def encode(kind: Kind, records: Iterable[Record], name: str) -> bytes:
 
 def encode_records(kind: Kind, records: Iterable[Record], name: str) -> list[bytes]:
     """As `encode`, each record by itself and without the head."""
+    records = list(records)
+    if kind.head is None and kind.payload is None and (plain := _plain(kind, records)) is not None:
+        check_unique(kind, [record.message for record in records], name)
+        return plain
     parts: list[bytes] = []
     messages: list[Any] = []
-    plain = kind.message if kind.head is None and kind.payload is None else None
     for index, record in enumerate(records):
         try:
-            if type(record.message) is plain and not record.payload and not (index and kind.single):
-                messages.append(record.message)
-                body = _body(record)
-                parts.append(_WORD.pack(len(body)) + body)
-                continue
             if kind.message is None:
                 if index or record.message is not None:
                     raise ImageError("has no place in a raw image")
@@ -84,21 +83,31 @@ def encode_records(kind: Kind, records: Iterable[Record], name: str) -> list[byt
     return parts
 
 
+def _plain(kind: Kind, records: list[Record]) -> list[bytes] | None:
+    """Records that are nothing but messages, of a kind that has no others; None where something is wrong with one."""
+    if len(records) > 1 and kind.single:
+        return None
+    for record in records:
+        if type(record.message) is not kind.message or record.payload:
+            return None
+    try:
+        bodies = [record.message.SerializeToString() for record in records]
+    except EncodeError:
+        return None
+    return [_WORD.pack(len(body)) + body for body in bodies]
+
+
 def _encode_record(kind: Kind, record: Record) -> tuple[bytes, ...]:
-    body = _body(record)
+    try:
+        body: bytes = record.message.SerializeToString()
+    except EncodeError as error:
+        raise ImageError(f"is incomplete: {error}") from error
     size = kind.payload(record.message) if kind.payload else 0
     if size is Rest.MESSAGES:
         unpack_ipc_messages(record.message, record.payload)
     elif isinstance(size, int) and size != len(record.payload):
         raise ImageError(f"says {size} bytes follow, and has {len(record.payload)}")
     return _WORD.pack(len(body)), body, record.payload, bytes(-len(record.payload) % kind.align)
-
-
-def _body(record: Record) -> bytes:
-    try:
-        return record.message.SerializeToString()  # type: ignore[no-any-return]
-    except EncodeError as error:
-        raise ImageError(f"is incomplete: {error}") from error
 
 
 def decode(kind: Kind, data: Buffer, name: str) -> list[Record]:
@@ -189,7 +198,7 @@ def _take(view: memoryview, position: int, size: int) -> tuple[memoryview, int]:
 
 def check_unique(kind: Kind, messages: list[Any], name: str) -> None:
     """`ImageError` if two records share what no two may."""
-    if not kind.unique or len(messages) < 2:
+    if not kind.unique or len(set(map(attrgetter(*kind.unique), messages))) == len(messages):
         return
     seen: set[tuple[int, ...]] = set()
     for message in messages:
