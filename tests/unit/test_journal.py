@@ -79,7 +79,7 @@ def test_changes_that_nobody_looks_at_meanwhile_add_up(store: Store) -> None:
 
 
 def test_a_transition_is_the_same_json_whoever_writes_it(store: Store) -> None:
-    """Those without a reason are made ready beforehand."""
+    """Those without a reason are not left to the encoder."""
     with store.create(new_row()) as journal:
         for to, why in ((State.FROZEN, ""), (State.PREPARED, "let go"), (State.FROZEN, "")):
             before = journal.row.state
