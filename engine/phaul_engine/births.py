@@ -122,14 +122,17 @@ class Births:
     ) -> None:
         """Run programs in threads, all at once, those of a thread one after the other: as many as fit into a slot
         without anybody looking. Each thread begins as soon as what it runs is known. `meanwhile` is done when all have
-        begun, and needs no tracer."""
+        begun. None may bear."""
         left: dict[Seat, list[list[Program]]] = {}
         for seat, mine in programs:
             loads = arena.loads(part for one in mine for part in one.parts)
             if loads:
                 self.arena.begin(seat, loads[0])
                 left[seat] = loads[1:]
-        self.arena.wait(self.tracer.handle, left.keys(), meanwhile=meanwhile)
+        if meanwhile is not None:
+            meanwhile()
+        if not self.arena.wait_without(left.keys()):
+            self.arena.wait(self.tracer.handle, left.keys())
         while left := {seat: loads for seat, loads in left.items() if loads}:
             self.arena.order(self.tracer.handle, {seat: loads.pop(0) for seat, loads in left.items()})
 

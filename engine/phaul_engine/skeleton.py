@@ -13,7 +13,7 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Container, Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 from . import features, plan, sleep_log, sleeps, vdso
 from .arena import Seat
@@ -56,6 +56,18 @@ class _Call(NamedTuple):
     args: list[int]
 
 
+_Sleeper: TypeAlias = tuple[Task, int, Seat, tuple[int, list[int]]]  # with its tid in the images, and its call
+
+
+class _LastCalls(NamedTuple):
+    """What is done for parked threads: sleeps to go on with, and, in the order of processes, the end of the interpreter
+    (both `struct ph_call[]`)."""
+
+    asleep: list[_Sleeper]
+    sleeps: Any
+    unmaps: Any
+
+
 class Skeleton:
     """A tree being made from images. `cgroup` is a descriptor of the cgroup it is born into, -1 for ours."""
 
@@ -79,6 +91,7 @@ class Skeleton:
         self._clocks_ahead: Clocks | None = None
         self.last_words = LastWords()
         self._parked: Any = None  # `struct ph_thread_state[]`: what threads go on with
+        self._last_calls: _LastCalls | None = None
         self._cleanup = contextlib.ExitStack()
         threads = sum(len(node.threads) for node in plan.processes(self._root))
         self._births = Births(tracer, self.restoration, threads, cgroup=cgroup, clocks=clocks)
@@ -219,6 +232,7 @@ class Skeleton:
             self._equipment.settle(early=True)
             endings = {seat: self._ending(task, tid, 0, rehearsing=True) for task, tid, seat in some}
             self._prepare_states(0)
+            self._native([_Call(task, seat.tid, NR.gettid, []) for task, _, seat in some])
             self._births.rehearse({seat: [first, *last] for seat, (first, last) in endings.items()})
         self._passed()
 
@@ -253,7 +267,7 @@ class Skeleton:
         living = self._births.living
         for task in living:
             self._spaces.protect(task)
-        self._births.run_all(endings(), lambda: self._prepare_states(passed))
+        self._births.run_all(endings(), lambda: self._prepare_to_park(passed))
         if not last:
             return
         for task in living:
@@ -411,18 +425,26 @@ class Skeleton:
         self._ahead()
         vdso.local()
 
-    def _park(self, passed: int) -> None:
-        """Halt every thread, let those sleep on that slept, take the interpreter out, and put in what was there."""
-        living = self._births.living
+    def _prepare_to_park(self, passed: int) -> None:
+        """All that `_park` needs, while the tasks are still busy."""
+        self._prepare_states(passed)
         start, end = self._births.bounds
         asleep = self._sleeping(passed)
-        first = self._native([_Call(task, seat.tid, *call) for task, _, seat, call in asleep])
-        last = self._native([_Call(task, task.pid, NR.munmap, [start, end - start]) for task in living])
+        self._last_calls = _LastCalls(
+            asleep,
+            self._native([_Call(task, seat.tid, *call) for task, _, seat, call in asleep]),
+            self._native([_Call(task, task.pid, NR.munmap, [start, end - start]) for task in self._births.living]),
+        )
         self._shorten(passed, {tid for _, tid, _, _ in asleep})
+
+    def _park(self, passed: int) -> None:
+        """Halt every thread, let those sleep on that slept, take the interpreter out, and put in what was there."""
+        assert self._last_calls is not None
+        asleep, first, last = self._last_calls
         err = new_error()
         sizes = len(self._parked), first, len(first), last, len(last)
         check(lib.ph_park(self.tracer.handle, self._parked, *sizes, _PATIENCE_MS, err), err)
-        for task, call in zip(living, last, strict=True):
+        for task, call in zip(self._births.living, last, strict=True):
             if call.result != 0:
                 raise RebuildError(f"cannot unmap the interpreter of process {task.node.pid}: {call.result}")
         awake = [tid for (_, tid, _, _), call in zip(asleep, first, strict=True) if not sleeps.has_slept(call.result)]
@@ -459,7 +481,7 @@ class Skeleton:
         """All that live, with their tids in the images, in the order of `_parked`."""
         return ((task, tid, seat) for task in self._births.living for tid, seat in task.seats.items())
 
-    def _sleeping(self, passed: int) -> list[tuple[Task, int, Seat, tuple[int, list[int]]]]:
+    def _sleeping(self, passed: int) -> list[_Sleeper]:
         """The threads that are to sleep for as long as they had left, and the call that each sleeps in."""
         found = []
         for task, tid, seat in self._threads():

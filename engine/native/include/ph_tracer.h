@@ -185,6 +185,10 @@ int ph_visit_await (struct ph_visiting *visiting);
 /* Ring the interpreter in a slot of an arena, and wait for nothing. */
 void ph_ring (void *arena, int slot);
 
+/* Wait, without the tracer and not for long, until the interpreters in these slots, which have been rung, are done.
+   Returns how many are not: all before these are unknown. Where a task needs the tracer, it waits for it. */
+int ph_run_wait (void *arena, const int32_t *slots, size_t count, int patience_us);
+
 /* Wait until the interpreters in these slots, which have been rung, are done. Events of traced tasks (births) are handled
    meanwhile. In two halves, as ph_visit_begin and ph_visit_end. Fails with ETIMEDOUT, or ECHILD naming a task that died
    or was hit by a signal. */

@@ -88,12 +88,41 @@ ph_ring (void *arena, int slot)
 	syscall (SYS_futex, &head->state, FUTEX_WAKE, 1, NULL, NULL, 0);
 }
 
+/* The last that was rung is likely to end last, and wakes us once. */
+static void
+nap (struct ph_slot *slot, uint32_t seen)
+{
+	syscall (SYS_futex, &slot->state, FUTEX_WAIT, seen, &(struct timespec){ .tv_nsec = NAP_US * 1000 }, NULL, 0);
+}
+
+int
+ph_run_wait (void *arena, const int32_t *slots, size_t count, int patience_us)
+{
+	const struct run_job job = { arena, slots, NULL, count, 0 };
+	int64_t deadline = ph_now_us () + patience_us;
+	size_t left = count;
+
+	while (left > 0)
+		{
+			struct ph_slot *slot = slot_of (&job, left - 1);
+			uint32_t state = __atomic_load_n (&slot->state, __ATOMIC_ACQUIRE);
+
+			if (state == PH_SLOT_DONE)
+				left--;
+			else if (ph_now_us () > deadline)
+				break;
+			else
+				nap (slot, state);
+		}
+	return (int) left;
+}
+
 static long
 run (void *argument, struct ph_error *err)
 {
 	struct run_job *job = argument;
 	int64_t deadline = ph_now_us () + (int64_t) job->timeout_ms * 1000;
-	size_t left = job->count;       /* the last that was rung is likely to end last, and wakes us once */
+	size_t left = job->count;
 
 	for (unsigned round = 0; left > 0; round++)
 		{
@@ -112,8 +141,7 @@ run (void *argument, struct ph_error *err)
 			if (ph_now_us () > deadline)
 				return ph_fail (err, ETIMEDOUT, "wait for a program of task %d", job->tids[left - 1]);
 			if (round > 64)
-				syscall (SYS_futex, &slot->state, FUTEX_WAIT, state, &(struct timespec){ .tv_nsec = NAP_US * 1000 },
-					 NULL, 0);
+				nap (slot, state);
 		}
 	return handle_events (job, err);
 }
