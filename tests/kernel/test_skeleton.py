@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -104,6 +105,22 @@ def test_programs_run_one_after_the_other() -> None:
         programs[0].order(NR.umask, 1)
         with pytest.raises(TargetError, match="close what is not open"):
             births.run_all([(leader, programs)])
+
+
+def test_programs_that_take_long_or_need_the_tracer() -> None:
+    pid, checkpoint = _images()
+    with Tracer() as tracer, Skeleton(tracer, checkpoint) as skeleton:
+        skeleton.build()
+        births = skeleton._births
+        leader, thread, *_ = births.tasks[pid].seats.values()
+        slow, wrong = Program(), Program()
+        slow.order(NR.nanosleep, slow.data(struct.pack("<qq", 0, 50_000_000)), 0)
+        begun = time.monotonic()
+        births.run_all([(leader, [slow]), (thread, [Program(), slow])])
+        assert 0.05 <= time.monotonic() - begun < 2
+        wrong.store(8, 1)
+        with pytest.raises(TargetError, match="signal 11"):
+            births.run_all([(leader, [slow]), (thread, [wrong])])
 
 
 def test_a_skeleton_dies_with_its_maker() -> None:
