@@ -14,6 +14,7 @@ from .program import Buf, Program, Results, going_on
 _HEAD = 1024
 _ALIGNED = 8
 _SOON_US = 2000
+_NAP_US, _LONG_NAP_US = 20, 500
 _LIMIT = lib.PH_SLOT_SIZE - lib.PH_SLOT_STACK - lib.PH_SLOT_FRAME - 2048
 
 
@@ -132,12 +133,17 @@ class Arena:
     def wait_without(self, seats: Collection[Seat]) -> bool:
         """Wait for programs that have been begun in these seats, none of which needs the tracer, as births do: to wake
         that one takes longer than most of them. False if it has to be waited for with it after all."""
-        slots = ffi.new("int32_t[]", [seat.slot for seat in seats])
-        if lib.ph_run_wait(self.pointer, slots, len(seats), _SOON_US):
-            return False
+        resting = [seat.slot for seat in seats if self._last(seat).rests]  # of these nobody hears
+        ending = [seat.slot for seat in seats if not self._last(seat).rests]
+        for these, nap in ((ending, _LONG_NAP_US), (resting, _NAP_US)):
+            if lib.ph_run_wait(self.pointer, ffi.new("int32_t[]", these), len(these), nap, _SOON_US):
+                return False
         for seat in seats:
             self.check(seat)
         return True
+
+    def _last(self, seat: Seat) -> Program:
+        return next(reversed(self._loaded[seat.slot].values()))
 
     def wait(
         self,

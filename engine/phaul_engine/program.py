@@ -74,6 +74,7 @@ class Program:
         self._scratch: Reg | None = None
         self._before: list[Program] = []
         self.steps: list[Step] = []
+        self.rests = False  # whether it ends with `rest`
 
     def register(self) -> Reg:
         """A register nobody else uses."""
@@ -193,6 +194,7 @@ class Program:
     def rest(self, nr: NR, *args: Operand) -> None:
         """The last instruction: the program is done, and the task sleeps in a system call until it is halted."""
         self._emit(_REST, args, nr=nr)
+        self.rests = True
 
     def assemble(self) -> tuple[bytes, bytes]:
         """Instructions (END included) and buffer."""

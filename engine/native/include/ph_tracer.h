@@ -186,8 +186,9 @@ int ph_visit_await (struct ph_visiting *visiting);
 void ph_ring (void *arena, int slot);
 
 /* Wait, without the tracer and not for long, until the interpreters in these slots, which have been rung, are done.
-   Returns how many are not: all before these are unknown. Where a task needs the tracer, it waits for it. */
-int ph_run_wait (void *arena, const int32_t *slots, size_t count, int patience_us);
+   Returns how many may not be. It looks every `nap_us`, and when the last of them that is not done wakes it; each time a
+   task may have to give it a CPU. */
+int ph_run_wait (void *arena, const int32_t *slots, size_t count, int nap_us, int patience_us);
 
 /* Wait until the interpreters in these slots, which have been rung, are done. Events of traced tasks (births) are handled
    meanwhile. In two halves, as ph_visit_begin and ph_visit_end. Fails with ETIMEDOUT, or ECHILD naming a task that died

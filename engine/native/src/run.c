@@ -88,15 +88,15 @@ ph_ring (void *arena, int slot)
 	syscall (SYS_futex, &head->state, FUTEX_WAKE, 1, NULL, NULL, 0);
 }
 
-/* The last that was rung is likely to end last, and wakes us once. */
 static void
-nap (struct ph_slot *slot, uint32_t seen)
+nap (struct ph_slot *slot, uint32_t seen, long us)
 {
-	syscall (SYS_futex, &slot->state, FUTEX_WAIT, seen, &(struct timespec){ .tv_nsec = NAP_US * 1000 }, NULL, 0);
+	syscall (SYS_futex, &slot->state, FUTEX_WAIT, seen, &(struct timespec){ .tv_nsec = us * 1000 }, NULL, 0);
 }
 
+/* The last that was rung is likely to end last, and wakes us once. */
 int
-ph_run_wait (void *arena, const int32_t *slots, size_t count, int patience_us)
+ph_run_wait (void *arena, const int32_t *slots, size_t count, int nap_us, int patience_us)
 {
 	const struct run_job job = { arena, slots, NULL, count, 0 };
 	int64_t deadline = ph_now_us () + patience_us;
@@ -112,7 +112,7 @@ ph_run_wait (void *arena, const int32_t *slots, size_t count, int patience_us)
 			else if (ph_now_us () > deadline)
 				break;
 			else
-				nap (slot, state);
+				nap (slot, state, nap_us);
 		}
 	return (int) left;
 }
@@ -141,7 +141,7 @@ run (void *argument, struct ph_error *err)
 			if (ph_now_us () > deadline)
 				return ph_fail (err, ETIMEDOUT, "wait for a program of task %d", job->tids[left - 1]);
 			if (round > 64)
-				nap (slot, state);
+				nap (slot, state, NAP_US);
 		}
 	return handle_events (job, err);
 }
