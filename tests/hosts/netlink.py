@@ -109,6 +109,6 @@ def tcx_programs(index: int) -> list[str]:
             count = struct.unpack_from("=I", attr, 24)[0]
             if count:
                 found.append(f"{name}: {count} programs")
-        elif ctypes.get_errno() not in (errno.EINVAL, errno.ENOENT, errno.EPERM):
+        elif ctypes.get_errno() not in (errno.EINVAL, errno.ENODEV, errno.ENOENT, errno.EPERM):  # or the link is gone
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return found

@@ -219,7 +219,7 @@ class Aside:
 
     def run(self) -> None:
         with Tracer() as tracer:
-            for _ in range(8):
+            for _ in range(16):  # in most of which one stands in it
                 with stop_tree(tracer, self.process.pid, timeout_ms=1000) as tree:
                     tree.step_aside()
 
