@@ -7,8 +7,9 @@ directory, which is root's alone, holds a file `fault` when the agent starts:
 
     ROLE POINT: ACTION        for example    source before send COMMIT: kill
 
-It happens once. `error` is a failure of what the point belongs to, `hang` stops the whole process until somebody sends
-SIGCONT, `kill` is kill -9. Recovery passes no points: what a test has killed once is put right.
+It happens once, but for what kinds do before the commit, which is rehearsed, and fails every time. `error` is a failure
+of what the point belongs to, `hang` stops the whole process until somebody sends SIGCONT, `kill` is kill -9. Recovery
+passes no points: what a test has killed once is put right.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def load(directory: Path, role: str) -> Points:
     def pass_point(point: str) -> None:
         nonlocal wanted
         if f"{role} {point}" == wanted:
-            wanted = ""
+            if not point.startswith("before kind ") or point.endswith(" release"):  # all before is rehearsed
+                wanted = ""
             acts[action](point)
 
     return pass_point
