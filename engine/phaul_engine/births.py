@@ -299,7 +299,7 @@ class Births:
                 raise RebuildError("the init of the PID namespace did not start")
             time.sleep(0.0001)
         err = new_error()
-        check(lib.ph_halt(self.tracer.handle, ffi.new("int32_t[]", [seat.tid]), 1, 5000, err), err)
+        check(lib.ph_halt(self.tracer.handle, seat.tid, 5000, err), err)
 
     def _spawn(self, node: plan.Node, namespaces: int = 0) -> Task:
         """A task that is a child of ours, or was caught (`catching`)."""

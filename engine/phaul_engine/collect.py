@@ -213,9 +213,11 @@ class Collector:
             now = tree_clocks(next(iter(tree.processes.values())).proc)  # what sleeps have left counts from the stop
             tree.read_states()
             judge_threads(tree.threads)
-            visits = None if same is None else self._as_before(tree)
-            asking = None if visits is None else stack.enter_context(tree.asking(visits))
-            members = self._meet(tree, stack, {} if visits is None else same or {}, survey=survey)
+            asking: Asking | None = None
+            texts: Mapping[int, bytes] = {}
+            if same is not None and (visits := self._as_before(tree)) is not None:
+                asking, texts = stack.enter_context(tree.asking(visits)), same
+            members = self._meet(tree, stack, texts, survey=survey)
             passing = stack.enter_context(contextlib.ExitStack())
             passing.enter_context(collection.passing)
             living = [member for member in members if not member.process.zombie]

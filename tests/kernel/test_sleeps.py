@@ -28,9 +28,20 @@ from phaul_engine.target import Tracer, stop_tree
 from tests.kernel.skeletons import copy, kill_tree, remake_tree
 from tests.kernel.test_tree import Subject, subject
 
-_SLEEPERS = """
-T, SLOW = 6, 0.8  # seconds: to sleep, and that a busy machine may take to start and wake threads
+# Has a thread make a call, and notes what came of it and when.
+_SLEEPER = """
 ends, started = {}, time.monotonic()
+def sleeper(name, *args):
+    def run():
+        result = libc.syscall(*args)
+        ends[name] = result, ctypes.get_errno() if result < 0 else 0, time.monotonic() - started
+    threading.Thread(target=run, daemon=True).start()
+"""
+
+_SLEEPERS = (
+    _SLEEPER
+    + """
+T, SLOW = 6, 0.8  # seconds: to sleep, and that a busy machine may take to start and wake threads
 def timespec(seconds=T):
     return struct.pack("<qq", int(seconds), int(seconds % 1 * 1e9))
 def absolute(seconds=T):
@@ -38,11 +49,6 @@ def absolute(seconds=T):
 def buffer(content=bytes(16)):
     return ctypes.create_string_buffer(content, max(len(content), 16))
 word = ctypes.c_int(5)
-def sleeper(name, *args):
-    def run():
-        result = libc.syscall(*args)
-        ends[name] = result, ctypes.get_errno() if result < 0 else 0, time.monotonic() - started
-    threading.Thread(target=run, daemon=True).start()
 left, right = socket.socketpair()
 server = socket.create_server(("127.0.0.1", 0))
 silent_pair, impatient = socket.socketpair(), socket.socketpair()
@@ -117,6 +123,7 @@ assert ends["futex until woken"][:2] == (0, 0), ends
 assert ends["poll until ready"][:2] == ends["epoll_wait until ready"][:2] == (1, 0), ends
 passed()
 """
+)
 
 
 def _survey(tracer: Tracer, collector: Collector, made: Subject) -> None:
@@ -161,16 +168,12 @@ def test_sleepers_that_were_stopped_before(tmp_path: Path, monkeypatch: pytest.M
             made.wait_for("passed")
 
 
-_STOPPED_BY_SOMEBODY = """
+_STOPPED_BY_SOMEBODY = (
+    _SLEEPER
+    + """
 T, SLOW = 5, 2.0  # seconds: to sleep, and that a busy machine may take to wake threads
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a sleeper could get it, if the child ends before all have gone on
-ends, started = {}, time.monotonic()
 word, time_limit = ctypes.c_int(5), struct.pack("<qq", T, 0)
-def sleeper(name, *args):
-    def run():
-        result = libc.syscall(*args)
-        ends[name] = result, ctypes.get_errno() if result < 0 else 0, time.monotonic() - started
-    threading.Thread(target=run, daemon=True).start()
 CALLS = {"nanosleep": (35, time_limit, None), "clock_nanosleep": (230, 1, 0, time_limit, None),
     "poll": (7, None, 0, T * 1000), "futex": (202, ctypes.byref(word), 128, 5, time_limit, None, 0)}
 for name, args in CALLS.items():
@@ -192,6 +195,7 @@ for name, (result, error, took) in ends.items():
     assert T <= took < T + told + SLOW, (name, took)
 passed()
 """
+)
 
 
 def test_sleepers_that_somebody_else_has_stopped(tmp_path: Path) -> None:
@@ -200,15 +204,11 @@ def test_sleepers_that_somebody_else_has_stopped(tmp_path: Path) -> None:
         made.carry()
 
 
-_FEW = """
+_FEW = (
+    _SLEEPER
+    + """
 T, SLOW = 3, 0.8  # seconds: to sleep, and that a busy machine may take to wake threads
-ends, started = {}, time.monotonic()
 word, time_limit, nobody = ctypes.c_int(5), struct.pack("<qq", T, 0), ctypes.create_string_buffer(8)
-def sleeper(name, *args):
-    def run():
-        result = libc.syscall(*args)
-        ends[name] = result, ctypes.get_errno() if result < 0 else 0, time.monotonic() - started
-    threading.Thread(target=run, daemon=True).start()
 CALLS = {"nanosleep": (35, time_limit, None), "clock_nanosleep": (230, 1, 0, time_limit, None),
     "poll": (7, nobody, 0, T * 1000), "futex": (202, ctypes.byref(word), 128, 5, time_limit, None, 0)}
 for name, args in CALLS.items():
@@ -224,6 +224,7 @@ for name, (result, error, took) in ends.items():
     assert T <= took < due + SLOW, (name, took, due)
 passed()
 """
+)
 
 
 def _carry(made: Subject, away: float) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from phaul import journal as journals
 from phaul.errors import JournalError
@@ -113,6 +115,28 @@ def test_refused(name: str, tmp_path: Path) -> None:
         store.open(_NAME, Role.DESTINATION)
     assert (store.directory / f"{_NAME}.destination").read_bytes() == _HOSTILE[name]
     assert len(list(store.directory.iterdir())) == 1
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=3 * RECORD))
+def test_rubbish_is_refused(tmp_path: Path, content: bytes) -> None:
+    store = Store(tmp_path / "state")
+    store.directory.mkdir(mode=0o700, exist_ok=True)
+    (store.directory / f"{_NAME}.source").write_bytes(content)
+    with pytest.raises(JournalError):
+        store.open(_NAME, Role.SOURCE)
+
+
+def test_a_change_that_the_protocol_does_not_know_is_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path / "state")
+    row = Row(migration=_NAME, role=Role.SOURCE, boot="b", owner=Task.of(os.getpid()))
+    with store.create(row) as journal:
+        raw = journals._encode(
+            {"state": "released", "from": "prepared", "at": 1.0}, 1, journals._tag(_NAME, Role.SOURCE)
+        )
+        os.pwrite(journal._fd, raw, journal._next * RECORD)
+    with pytest.raises(JournalError, match="from prepared to released"):
+        store.open(_NAME, Role.SOURCE)
 
 
 @pytest.mark.parametrize("name", ["../etc", "a/b", "", "x" * 65, "a.b", "m\0", "\u00e9"])

@@ -260,8 +260,8 @@ long ph_catch (struct ph_tracer *tracer, struct ph_catch *wanted, struct ph_erro
    the namespaces and the cgroup that it is in, and keeps its parent, its ids and its limits. Returns its pid. */
 long ph_adopt (struct ph_tracer *tracer, int pid, struct ph_birth *birth, struct ph_error *err);
 
-/* Stop the interpreters of these skeleton tasks for good. */
-int ph_halt (struct ph_tracer *tracer, const int32_t *tids, size_t count, int timeout_ms, struct ph_error *err);
+/* Stop the interpreter of a skeleton task for good. */
+int ph_halt (struct ph_tracer *tracer, int tid, int timeout_ms, struct ph_error *err);
 
 /* A system call in a halted task, through the `syscall` instruction at `gadget`. */
 struct ph_call {

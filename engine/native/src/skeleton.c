@@ -271,6 +271,10 @@ ph_spawn (struct ph_tracer *tracer, struct ph_birth *birth, struct ph_error *err
 	return ph_tracer_call (tracer, spawn, &job, err);
 }
 
+struct halt_job {
+	int tid, timeout_ms;
+};
+
 struct tasks_job {
 	const int32_t *tids;
 	size_t count;
@@ -280,22 +284,15 @@ struct tasks_job {
 static long
 halt (void *argument, struct ph_error *err)
 {
-	struct tasks_job *job = argument;
-	int64_t deadline = ph_now_us () + (int64_t) job->timeout_ms * 1000;
+	struct halt_job *job = argument;
 
-	for (size_t i = 0; i < job->count; i++)
-		if (ptrace (PTRACE_INTERRUPT, job->tids[i], 0, 0) < 0)
-			return ph_fail (err, errno, "interrupt task %d", job->tids[i]);
-	for (size_t i = 0; i < job->count; i++)
-		if (trace_wait_stop (job->tids[i], deadline, NULL, err) < 0)
-			return -1;
-	return 0;
+	return trace_interrupt (job->tid, ph_now_us () + (int64_t) job->timeout_ms * 1000, err);
 }
 
 int
-ph_halt (struct ph_tracer *tracer, const int32_t *tids, size_t count, int timeout_ms, struct ph_error *err)
+ph_halt (struct ph_tracer *tracer, int tid, int timeout_ms, struct ph_error *err)
 {
-	struct tasks_job job = { tids, count, timeout_ms };
+	struct halt_job job = { tid, timeout_ms };
 
 	return (int) ph_tracer_call (tracer, halt, &job, err);
 }

@@ -27,10 +27,6 @@
 #define LOOK_NS 10000000l /* from look to look at one that does not stop */
 #define STOP_EVENT(status) ((unsigned) (status) >> 16)
 
-/* What interrupts the tracer's waits, which have no time limit of their own. */
-static _Thread_local timer_t waits_end;
-static _Thread_local bool waits_end_set;
-
 struct ph_tracer {
 	pthread_t thread;
 	pthread_mutex_t call_lock;      /* one caller at a time */
@@ -41,6 +37,8 @@ struct ph_tracer {
 	struct ph_error *err;
 	long result;
 	bool pending, done, quit;
+	timer_t alarm;          /* interrupts its waits, which have no time limit of their own */
+	bool has_alarm;
 	pid_t busy;             /* the caller, if it goes on meanwhile */
 	int lent;               /* the processor that it was called to, -1 if it was not */
 	cpu_set_t where;        /* it may run, but for that */
@@ -48,17 +46,26 @@ struct ph_tracer {
 
 static _Thread_local struct ph_tracer *ourselves;
 
-/* The processor that a task is on, or was on last (proc_pid_stat(5), field 39); -1 if it cannot be told. */
-static int
-processor_of (pid_t tid)
+/* proc_pid_stat(5) of a task, as much of it as there is room for; empty if there is no such task. */
+static void
+read_stat (pid_t tid, char *line, size_t size)
 {
-	char path[64], line[1024];
-	int processor = -1;
+	char path[64];
 
 	snprintf (path, sizeof (path), "/proc/%d/stat", tid);
 	cleanup_close int fd = open (path, O_RDONLY | O_CLOEXEC);
-	ssize_t got = fd < 0 ? 0 : read (fd, line, sizeof (line) - 1);
+	ssize_t got = fd < 0 ? 0 : read (fd, line, size - 1);
 	line[got > 0 ? got : 0] = '\0';
+}
+
+/* The processor that a task is on, or was on last (field 39); -1 if it cannot be told. */
+static int
+processor_of (pid_t tid)
+{
+	char line[1024];
+	int processor = -1;
+
+	read_stat (tid, line, sizeof (line));
 	const char *field = strrchr (line, ')');
 	for (int number = 2; field && number < 39; number++)
 		field = strchr (field + 1, ' ');
@@ -110,7 +117,7 @@ wake_up (int signal)
 
 /* A signal for this thread alone, in no way the process's own. Without it waits are naps. */
 static void
-make_alarm (void)
+make_alarm (struct ph_tracer *tracer)
 {
 	struct sigevent event = { .sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGRTMAX };
 	struct sigaction action = { .sa_handler = wake_up };
@@ -119,8 +126,8 @@ make_alarm (void)
 	event._sigev_un._tid = (pid_t) syscall (SYS_gettid);
 	sigemptyset (&set);
 	sigaddset (&set, SIGRTMAX);
-	waits_end_set = sigaction (SIGRTMAX, &action, NULL) == 0 && pthread_sigmask (SIG_UNBLOCK, &set, NULL) == 0
-			&& timer_create (CLOCK_MONOTONIC, &event, &waits_end) == 0;
+	tracer->has_alarm = sigaction (SIGRTMAX, &action, NULL) == 0 && pthread_sigmask (SIG_UNBLOCK, &set, NULL) == 0
+			    && timer_create (CLOCK_MONOTONIC, &event, &tracer->alarm) == 0;
 }
 
 static void *
@@ -130,7 +137,7 @@ tracer_main (void *argument)
 
 	prctl (PR_SET_NAME, "phaul-tracer");
 	prctl (PR_SET_TIMERSLACK, 1ul); /* its naps are of 20 us, the usual slack 50 */
-	make_alarm ();
+	make_alarm (tracer);
 	for (;;)
 		{
 			spin_until (&tracer->pending, IDLE_SPIN_US);
@@ -150,8 +157,8 @@ tracer_main (void *argument)
 			pthread_mutex_unlock (&tracer->lock);
 		}
 	pthread_mutex_unlock (&tracer->lock);
-	if (waits_end_set)
-		timer_delete (waits_end);
+	if (tracer->has_alarm)
+		timer_delete (tracer->alarm);
 	return NULL;
 }
 
@@ -245,13 +252,10 @@ ph_now_us (void)
 void
 trace_describe (pid_t tid, char *text, size_t size)
 {
-	char path[64], line[128] = "";
-	cleanup_close int fd = -1;
+	char line[128];
 
-	snprintf (path, sizeof (path), "/proc/%d/stat", tid);
-	fd = open (path, O_RDONLY | O_CLOEXEC);
-	ssize_t got = fd < 0 ? 0 : read (fd, line, sizeof (line) - 1);
-	char *open = got > 0 ? strchr (line, '(') : NULL, *close = got > 0 ? strrchr (line, ')') : NULL;
+	read_stat (tid, line, sizeof (line));
+	char *open = strchr (line, '('), *close = strrchr (line, ')');
 	if (!open || !close || close[1] != ' ')
 		snprintf (text, size, "task %d", tid);
 	else
@@ -272,14 +276,14 @@ set_alarm (long nanoseconds)
 {
 	struct timespec every = { .tv_nsec = nanoseconds };
 
-	timer_settime (waits_end, 0, &(struct itimerspec){ every, every }, NULL);
+	timer_settime (ourselves->alarm, 0, &(struct itimerspec){ every, every }, NULL);
 }
 
 /* waitpid, which sleeps until the task has changed, but not for long: 0, or -1 with EINTR, if it has not. */
 static pid_t
 wait_a_while (pid_t tid, long nanoseconds, int *status)
 {
-	if (!waits_end_set)
+	if (!ourselves->has_alarm)
 		{
 			nanosleep (&(struct timespec){ .tv_nsec = 20000 }, NULL);
 			return waitpid (tid, status, __WALL | WNOHANG);
