@@ -237,6 +237,8 @@ class Departure:
         """Have the threads of the frozen tree asked, while `send_last` goes on. Not where areas have changed, which is
         to be seen first (`changed`), nor where pages must not be touched any more: what is injected leaves signal
         frames in unused stack."""
+        if self.changed():
+            raise EngineError("tasks or areas have changed: threads are asked when that has been seen to")
         with looking():
             self._collector.begin(self._frozen, survey=False, same=self._texts)
 
