@@ -39,7 +39,8 @@ _KNOWN = re.compile(
 _VANISHED = 24  # rsync's status where files went away while it looked: they are no longer there to be sent
 _PARTIAL = 23  # where there was an error with some
 _GONE = re.compile(
-    r"rsync: .*\(2\)$|file has vanished: |IO error encountered -- skipping|rsync (error|warning): some files|$"
+    r"rsync: .*\(2\)$|(file|directory) has vanished: |IO error encountered -- skipping"
+    r"|rsync (error|warning): some files|$"
 )
 _LOOK = 0.2  # seconds between two looks whether it has ended
 

@@ -60,7 +60,6 @@ class Container:
         words = f"{self.runtime} --log /tmp/oci.log run -d -b {PLACE} {self.name} </dev/null >/dev/null 2>&1"
         done = self.hosts.a.run(["sh", "-c", f"{words} || cat /tmp/oci.log; rm -f /tmp/oci.log"])
         if "RLIM_MEMLOCK" in done.stdout:
-            shutil.rmtree(self.hosts.a.path(PLACE).parent)
             pytest.skip(f"{self.runtime} needs CAP_SYS_RESOURCE: {done.stdout.strip()}")
         assert not done.stdout, done.stdout
         wait_until(lambda: "writes" in self.status(self.hosts.a), "it runs", 20.0)
@@ -101,15 +100,29 @@ class Container:
         host.kill(agent)
         assert moving.wait(timeout=120) == 30
 
-    def end(self) -> None:
-        """It passes its own check, wherever it is, and is removed."""
+    def passes(self) -> None:
+        """It ends and passes its own check, wherever it is."""
         (host,) = (each for each in (self.hosts.a, self.hosts.b) if self.state(each))
         host.run([self.runtime, "kill", self.name, "TERM"])
         wait_until(lambda: self.state(host) == "stopped", "it ends", 20.0)
         assert self.status(host)["state"] == "pass", self.status(host)
-        host.run([self.runtime, "delete", self.name])
+
+    def remove(self) -> None:
+        """Nothing is left of it, whatever state it is in."""
         for each in (self.hosts.a, self.hosts.b):
+            each.run([self.runtime, "delete", "--force", self.name], check=False)
             shutil.rmtree(each.path(PLACE).parent, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Container]:
+        """It runs on host a; wherever it is afterwards, it passes its own check. Nothing is left of it."""
+        try:
+            self.make()
+            self.start()
+            yield self
+            self.passes()
+        finally:
+            self.remove()
 
 
 def _agents(host: Host) -> list[int]:
@@ -128,11 +141,8 @@ def _left(host: Host) -> list[str]:
 @pytest.fixture(params=RUNTIMES)
 def container(hosts: Hosts, request: pytest.FixtureRequest) -> Iterator[Container]:
     """A container that runs on host a; wherever it is afterwards, it passes its own check and is removed."""
-    one = Container(hosts, request.param)
-    one.make()
-    one.start()
-    yield one
-    one.end()
+    with Container(hosts, request.param).running() as one:
+        yield one
 
 
 def test_it_takes_its_files_along_and_back(hosts: Hosts, container: Container) -> None:
@@ -169,11 +179,8 @@ FINISHED = ["destination after row PARKED-RESUMED: kill", "source after row COMM
 @pytest.fixture
 def one(hosts: Hosts) -> Iterator[Container]:
     """A container of runc on host a."""
-    made = Container(hosts, "runc")
-    made.make()
-    made.start()
-    yield made
-    made.end()
+    with Container(hosts, "runc").running() as made:
+        yield made
 
 
 def _armed(hosts: Hosts, words: str) -> contextlib.AbstractContextManager[None]:
@@ -215,9 +222,10 @@ def test_a_bundle_that_is_a_mount_of_its_own(hosts: Hosts, tmp_path: Path) -> No
     """As a volume or a data set is: it arrives as a directory, and at the source its name stays."""
     made = Container(hosts, "runc")
     hosts.a.path(PLACE).mkdir(parents=True)
-    with disks.mounted_on(hosts.a, tmp_path / "volume", PLACE, kind="ext4"):
-        made.make()
-        made.start()
+    with contextlib.ExitStack() as stack:
+        stack.callback(made.remove)
+        stack.enter_context(disks.mounted_on(hosts.a, tmp_path / "volume", PLACE, kind="ext4"))
+        stack.enter_context(made.running())
         status, result = made.move(hosts.a)
         assert (status, result["outcome"]) == (0, "migrated"), result
         made.goes_on(hosts.b)
@@ -227,7 +235,6 @@ def test_a_bundle_that_is_a_mount_of_its_own(hosts: Hosts, tmp_path: Path) -> No
         hosts.a.run(["sh", "-c", f"umount {PLACE} && mount -t tmpfs empty {PLACE}"])
         status, result = made.move(hosts.b)
         assert (status, "is a mount or a subvolume there" in str(result["reason"])) == (20, True), result
-    made.end()
 
 
 def test_a_bundle_on_tmpfs(hosts: Hosts) -> None:

@@ -32,11 +32,7 @@ def one(hosts: Hosts, tmp_path: Path) -> Iterator[Container]:
         stack.enter_context(disks.mounted_on(hosts.b, tmp_path / "b", TOP, subvolume="top"))
         hosts.a.path(PLACE).parent.mkdir()
         hosts.a.run(["btrfs", "subvolume", "create", PLACE])
-        made = Container(hosts, "runc")
-        made.make()
-        made.start()
-        yield made
-        made.end()
+        yield stack.enter_context(Container(hosts, "runc").running())
 
 
 def subvolumes(host: Host) -> list[str]:

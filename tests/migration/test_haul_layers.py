@@ -74,8 +74,8 @@ class Layered(Container):
         assert not (upper / "kept").exists(), "what the image has was not sent"
         assert not (upper / "bin" / "filer").exists()
 
-    def end(self) -> None:
-        super().end()
+    def remove(self) -> None:
+        super().remove()
         for each in (self.hosts.a, self.hosts.b):
             each.run(["sh", "-c", f"umount {PLACE}/rootfs {self.image}; rm -rf {TOP}/*"], check=False)
 
@@ -109,10 +109,8 @@ def one(hosts: Hosts, request: pytest.FixtureRequest) -> Iterator[Layered]:
         made.options = ",xino=off"
     if request.param == "in the bundle":
         made.image, made.home = PLACE, PLACE
-    made.make()
-    made.start()
-    yield made
-    made.end()
+    with made.running():
+        yield made
 
 
 def test_it_takes_along_what_it_has_written(hosts: Hosts, one: Layered) -> None:

@@ -50,7 +50,6 @@ class Container:
         words = f"{self.runtime} --log /tmp/oci.log run -d -b {BUNDLE} {self.name} </dev/null >/dev/null 2>&1"
         done = self.hosts.a.run(["sh", "-c", f"{words} || cat /tmp/oci.log; rm -f /tmp/oci.log"])
         if "RLIM_MEMLOCK" in done.stdout:
-            shutil.rmtree(self.hosts.shared / "bundle")
             pytest.skip(f"{self.runtime} needs CAP_SYS_RESOURCE: {done.stdout.strip()}")
         assert not done.stdout, done.stdout
         wait_until(lambda: self._path.exists() and "writes" in self.status(), "it runs", 20.0)
@@ -89,15 +88,18 @@ class Container:
 def container(hosts: Hosts, request: pytest.FixtureRequest) -> Iterator[Container]:
     """A container that runs on host a; wherever it is afterwards, it passes its own check and is removed."""
     one = Container(hosts, request.param)
-    one.make_bundle()
-    one.start()
-    yield one
-    (host,) = (each for each in (hosts.a, hosts.b) if one.state(each))
-    host.run([one.runtime, "kill", one.name, "TERM"])
-    wait_until(lambda: one.state(host) == "stopped", "it ends")
-    assert one.status()["state"] == "pass", one.status()
-    host.run([one.runtime, "delete", one.name])
-    shutil.rmtree(hosts.shared / "bundle")
+    try:
+        one.make_bundle()
+        one.start()
+        yield one
+        (host,) = (each for each in (hosts.a, hosts.b) if one.state(each))
+        host.run([one.runtime, "kill", one.name, "TERM"])
+        wait_until(lambda: one.state(host) == "stopped", "it ends")
+        assert one.status()["state"] == "pass", one.status()
+    finally:
+        for each in (hosts.a, hosts.b):
+            each.run([one.runtime, "delete", "--force", one.name], check=False)
+        shutil.rmtree(hosts.shared / "bundle")
 
 
 def test_it_moves_there_and_back(hosts: Hosts, container: Container) -> None:

@@ -198,13 +198,14 @@ def test_the_name_that_is_hauled_is_preferred(tmp_path: Path) -> None:
 
 def test_what_rsync_says_of_files_that_go_away() -> None:
     vanished = 'file has vanished: "/a/web/data/1"'
+    directory = 'directory has vanished: "/a/web/data/made.2"'
     acl = "rsync: [sender] get_acl: sys_acl_get_file(data/2, ACL_TYPE_ACCESS): No such file or directory (2)"
     end = "rsync error: some files/attrs were not transferred (see previous errors) (code 23) at main.c(1338)"
     denied = 'rsync: [sender] send_files failed to open "/a/web/data/3": Permission denied (13)'
     skipped = "IO error encountered -- skipping file deletion"
     assert rsync.outcome(0, "") is rsync.Sent.WHOLE
     assert rsync.outcome(24, vanished) is rsync.Sent.LESS
-    assert rsync.outcome(23, "\n".join((acl, skipped, vanished, end))) is rsync.Sent.AGAIN
+    assert rsync.outcome(23, "\n".join((acl, skipped, vanished, directory, end))) is rsync.Sent.AGAIN
     assert rsync.outcome(23, "\n".join((acl, denied, end))) is None
     assert rsync.outcome(12, acl) is None
 
