@@ -127,6 +127,7 @@ class Done:
 
     work: Work
     verdict: Verdict | None = None  # of COPY
+    why: str = ""  # of a verdict
 
 
 @dataclass(frozen=True)

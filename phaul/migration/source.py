@@ -303,8 +303,8 @@ def _copying(state: Copying, event: Event, limits: Limits) -> Step | None:
         case Done(Work.COPY, Verdict.SWITCH):
             arm = Swap(Row.PREPARED, Row.FROZEN, sync=True)
             return Step(Arming(state.round, state.freezes), (arm,))
-        case Done(Work.COPY, Verdict.GIVE_UP):
-            return _abort(Row.PREPARED, Outcome.STAYED, "it does not converge")
+        case Done(Work.COPY, Verdict.GIVE_UP, why):
+            return _abort(Row.PREPARED, Outcome.STAYED, why or "it does not converge")
     return _before_freeze(event)
 
 

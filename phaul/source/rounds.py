@@ -3,7 +3,8 @@
 A freeze now would cost the pages that are dirty over the measured bandwidth, and a fixed part measured in this very
 run. Rounds go on until that is below the limit. Below it they still go on while each at least halves what is left and
 the transfer dominates: such rounds are short, and each makes the freeze shorter. Above it they go on as long as there
-is something left to send; where the fixed part alone is above the limit, more rounds change nothing.
+is something left to send; where the fixed part alone is above the limit, more rounds change nothing, and it is only
+measured again: on a busy host one survey says little.
 """
 
 from __future__ import annotations
@@ -109,6 +110,8 @@ def decide(history: Sequence[Passed], fixed: float, wanted: Wanted) -> Decision:
         return Decision(Verdict.SWITCH, predicted, f"{len(history)} rounds are the limit")
     if predicted - fixed <= _REST * fixed:
         if predicted > _HOPELESS * wanted.max_downtime:
+            if len(history) < _WINDOW:
+                return Decision(Verdict.ANOTHER, predicted, "what takes so long is measured again")
             return Decision(Verdict.GIVE_UP, predicted, _words(predicted, wanted, "with next to nothing to send"))
         return Decision(Verdict.SWITCH, predicted, "next to nothing is left to send: another round does not help")
     if _stuck(history):

@@ -48,7 +48,7 @@ from phaul.recovery import LOCK_PATIENCE, Deeds
 from phaul.source.hauling import Hauling
 from phaul.source.orders import Orders, open_register
 from phaul.source.phases import Phases
-from phaul.source.rounds import Decision, Numbers, Passed, decide
+from phaul.source.rounds import Numbers, Passed, decide
 from phaul.source.throttle import STEPS, Throttle
 from phaul.transport.direct import Direct, Kind
 from phaul.urgency import Urgency
@@ -79,7 +79,6 @@ class SourceWorks:
         self.migration = migration
         self.journal: Journal | None = None
         self.history: list[Passed] = []
-        self.decision: Decision | None = None
         self.frozen_at = 0.0
         self.clocks_ahead = clocks.Clocks(0, 0)  # of the destination's machine, those of ours
         self.link: dict[str, Any] = {}  # for the row: how whoever comes after us asks the destination
@@ -165,7 +164,7 @@ class SourceWorks:
             case Work.PREPARE:
                 await blocking(self._prepare)
             case Work.COPY:
-                return Done(work, verdict=await self._copy_until_stopped())
+                return await self._copy_until_stopped()
             case Work.FREEZE:
                 await self._freeze()
             case Work.LET_GO:
@@ -299,7 +298,7 @@ class SourceWorks:
         body = who | {"moved": self._orders.moved, "options": options, "clocks": there, "facts": self._orders.facts}
         self.direct.send(Kind.SETTINGS, json.dumps(body).encode())
 
-    async def _copy_until_stopped(self) -> Verdict:
+    async def _copy_until_stopped(self) -> Done:
         """A round, in a thread."""
         self._stopped = False
         return await blocking(self._copy, self._stop)
@@ -327,7 +326,7 @@ class SourceWorks:
             rate = sent.bytes_wire / seconds
             self._report(events.RoundProgress(number, sent.pages_data, sent.bytes_wire, seconds * 1000, rate))
 
-    def _copy(self) -> Verdict:
+    def _copy(self) -> Done:
         number = len(self.history)
         self.haul.round()
         self._look_again(number)
@@ -347,11 +346,13 @@ class SourceWorks:
 
     def _look_again(self, number: int) -> None:
         """Before a round: a survey if the tree has changed. Before round 1 in any case: it refreshes what the freeze
-        takes from the last survey, and the second of its kind tells what the freeze will take.
+        takes from the last survey, and the second of its kind tells what the freeze will take. And where the last one
+        took so long that a freeze were too long by itself.
 
         The destination has the images of every survey before the round: a survey may find what was not there a moment
         ago, when nothing had changed yet."""
-        if number == 0 or not (number == 1 or self._departure.changed()):
+        slow = self._survey_seconds > self._orders.wanted.max_downtime
+        if number == 0 or not (number == 1 or slow or self._departure.changed()):
             return
         self._survey = self._checked_look()
         self.haul.round()
@@ -378,19 +379,19 @@ class SourceWorks:
             self._urgency.end()
             self._survey_seconds = self._departure.look_seconds
 
-    def _decide(self) -> Verdict:
+    def _decide(self) -> Done:
         fixed = max(_FIXED_GUESS, self._survey_seconds)
-        self.decision = decide(self.history, fixed, self._orders.wanted)
-        verdict = Verdict.SWITCH if self._orders.stop_copy else self.decision.verdict
+        decision = decide(self.history, fixed, self._orders.wanted)
+        verdict = Verdict.SWITCH if self._orders.stop_copy else decision.verdict
         names = {Verdict.ANOTHER: "round", Verdict.SWITCH: "switchover", Verdict.GIVE_UP: "give-up"}
-        slower = verdict is Verdict.ANOTHER and self.decision.throttle and self._slower < len(STEPS)
+        slower = verdict is Verdict.ANOTHER and decision.throttle and self._slower < len(STEPS)
         limit = self._orders.wanted.max_downtime * 1000
         name = "throttle" if slower else names[verdict]
-        self._report(events.Predicted(self.decision.predicted * 1000, limit, name))  # type: ignore[arg-type]
+        self._report(events.Predicted(decision.predicted * 1000, limit, name))  # type: ignore[arg-type]
         if slower:
             self._slower += 1
             self._report(events.Throttled(STEPS[self._slower - 1]))
-        return verdict
+        return Done(Work.COPY, verdict, decision.why)
 
     def _throttled(self) -> contextlib.AbstractContextManager[object]:
         """--auto-converge, as far as it has gone."""

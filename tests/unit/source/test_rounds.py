@@ -53,7 +53,8 @@ def test_a_little_above_the_limit_is_taken_when_rounds_are_used_up() -> None:
 def test_rounds_that_send_nothing_do_not_go_on() -> None:
     history = [Passed(10_000, PAGE * 10_000, 0.1, 0)]
     assert decide(history, 0.128, WANTED).verdict is Verdict.SWITCH
-    assert decide(history, 2.0, WANTED).verdict is Verdict.GIVE_UP
+    assert decide(history, 2.0, WANTED).verdict is Verdict.ANOTHER, "one survey that took long says little"
+    assert decide(history * 3, 2.0, WANTED).verdict is Verdict.GIVE_UP
 
 
 def test_only_who_asked_for_it_is_throttled() -> None:
