@@ -66,6 +66,9 @@ log = logging.getLogger(__name__)
 _KILL_PATIENCE = 10.0  # seconds for a killed process to be gone
 _FORWARD_TIME = 0.05  # seconds that packets for the moved program are still kept from this host's stack
 
+RUNTIME_PATIENCE = 2.0  # seconds in which a runtime that has failed is told again
+_PAUSE = 0.2  # seconds between two tries
+
 LOCK_PATIENCE = 5.0  # seconds for the copy at the destination to be gone, which has the file locks
 _TELLING = 10.0  # seconds to reach a destination that need not know
 _TEMPORARY = "hold"  # the kind of entry that neither side keeps
@@ -191,14 +194,20 @@ class Deeds:
                 raise ValueError(f"{work.name} needs an agent")
 
     def _tell(self, what: str, act: Callable[[workloads.Workload, dict[str, Any]], None]) -> None:
-        """Tell the runtime that the program belongs to. What fails is noted, and keeps nobody."""
+        """Tell the runtime that the program belongs to: again if that fails, as it may where the dead are not yet gone.
+        What fails in the end is noted, and keeps nobody."""
         kind, told = self.row.workload.get("kind", "pid"), self.row.workload.get(what)
         if kind == "pid" or not isinstance(told, dict):
             return
-        try:
-            act(workloads.of(str(kind)), told)
-        except (EngineError, PhaulError, OSError) as error:
-            self._journal.note(warning=f"{kind}: {error}"[:_WORDS])
+        deadline = time.monotonic() + RUNTIME_PATIENCE
+        while True:
+            try:
+                return act(workloads.of(str(kind)), told)
+            except (EngineError, PhaulError, OSError) as error:
+                if time.monotonic() > deadline:
+                    self._journal.note(warning=f"{kind}: {error}"[:_WORDS])
+                    return
+            time.sleep(_PAUSE)
 
     def _take_over(self, workload: workloads.Workload, notes: dict[str, Any]) -> None:
         if self.row.tasks:

@@ -77,19 +77,20 @@ def test_what_takes_an_agent_is_refused(store: Store) -> None:
 
 
 class Runtime(Workload):
-    """Notes what it is told; what it is told first fails."""
+    """Notes what it is told. With `error`, that fails: so many `times`, for ever without."""
 
     kind = "runtime"
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | None = None, times: int | None = None) -> None:
         self.told: list[tuple[Any, ...]] = []
-        self._error = error
+        self._error, self._left = error, times
 
     def find(self, name: str) -> workloads.Found:
         raise NotImplementedError
 
     def _note(self, *what: Any) -> None:
-        if self._error is not None:
+        if self._error is not None and self._left != 0:
+            self._left = None if self._left is None else self._left - 1
             raise self._error
         self.told.append(what)
 
@@ -128,7 +129,19 @@ def test_the_runtime_is_told(
         assert journal.row.ended
 
 
+def test_a_runtime_that_fails_is_told_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(PhaulError("it is busy"), times=2)
+    monkeypatch.setattr(workloads, "of", lambda kind: runtime)
+    monkeypatch.setattr("phaul.recovery._PAUSE", 0.0)
+    workload = {"kind": "lxc", "facts": {"name": "web"}}
+    with row_in(store, Role.SOURCE, State.RELEASED, workload=workload) as journal:
+        Recovery(journal).run()
+        assert runtime.told == [("give up", {"name": "web"})]
+        assert not journal.row.warning
+
+
 def test_a_runtime_that_fails_keeps_nobody(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phaul.recovery.RUNTIME_PATIENCE", 0.0)
     monkeypatch.setattr(workloads, "of", lambda kind: Runtime(PhaulError("it does not answer")))
     workload = {"kind": "lxc", "facts": {"name": "web"}}
     with row_in(store, Role.SOURCE, State.FROZEN, workload=workload) as journal:
