@@ -83,7 +83,7 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
 
 def kcmp(left: int, right: int, what: int) -> int:
     """0 if two tasks share the object `what` (KCMP_VM, ...), else 1 or 2: an order (kcmp(2))."""
-    return system_call(NR.kcmp, left, right, what, 0, 0)
+    return _call_numbers(NR.kcmp, left, right, what)
 
 
 def compare_descriptions(left: int, right: int) -> int:

@@ -22,7 +22,7 @@ from .images.checkpoint import Checkpoint
 from .images.pb import core_pb2, inventory_pb2, timens_pb2, vma_pb2
 from .inquiry import Inquiry, inquire, standing
 from .lock_move import Surrender
-from .members import Member, name_threads, opened, read_name
+from .members import Member, Seen, name_threads, opened, read_name
 from .memory import guards
 from .namespaces import census, lodging
 from .namespaces.mnt import source as mounts
@@ -32,6 +32,7 @@ from .objects.base import Collection, Owner, TaskKind, ThreadView, descriptor_ki
 from .objects.files import FilesPass, OpenFiles, Table
 from .proc.access import open_at, open_process, read_bytes, read_link
 from .proc.maps import Area, parse_maps, read_maps, read_smaps
+from .proc.status import Statuses
 from .proc.tree import read_tree
 from .program import Program, Results
 from .survey import judge_threads, judge_tree
@@ -126,6 +127,8 @@ class Collector:
         self.options = options or {}
         self.uffds: dict[int, int] = {}
         self._files = OpenFiles()
+        self._statuses = Statuses()
+        self._tables, self._directories = sharing.Sharing(calls.KCMP_FILES), sharing.Sharing(calls.KCMP_FS)
         self._memory: dict[str, Any] = {}
         self._lent = bool(self.options.get(lodging.LENT))
         self._census = census.Census(lent=self._lent)
@@ -192,7 +195,7 @@ class Collector:
                 self._known[pid] = _Known(member.stat.start, mem, number or self._last_number, self._last_number)
             member.number, member.memory = self._known[pid].number, self._known[pid].memory
         numbers = {pid: member.number for pid, member in living.items()}
-        files, fs = sharing.numbers(numbers, calls.KCMP_FILES), sharing.numbers(numbers, calls.KCMP_FS)
+        files, fs = self._tables.numbers(numbers), self._directories.numbers(numbers)
         for pid, member in living.items():
             member.files, member.fs = files[pid], fs[pid]
 
@@ -202,11 +205,11 @@ class Collector:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def begin(self, tree: Tree, *, survey: bool, same: Mapping[int, bytes] | None = None) -> None:
+    def begin(self, tree: Tree, *, survey: bool, same: Mapping[int, Seen] | None = None) -> None:
         """The first part of a pass. Threads are being asked when it returns: what needs no tracer may be done before
         `collect`, which goes on from here; `drop` if it is not to. With `same`, tasks and areas are known to be as at
-        the last pass, and threads are asked before all else; these are the texts of /proc/PID/maps, by pid, which then
-        tell of what is injected too."""
+        the last pass, and threads are asked before all else; this is what was read of processes before, by pid: later
+        their areas show what is injected too."""
         self.drop()
         with contextlib.ExitStack() as stack:
             collection = Collection(Checkpoint(), survey=survey, options=self.options, memory=self._memory)
@@ -214,10 +217,10 @@ class Collector:
             tree.read_states()
             judge_threads(tree.threads)
             asking: Asking | None = None
-            texts: Mapping[int, bytes] = {}
+            seen: Mapping[int, Seen] = {}
             if same is not None and (visits := self._as_before(tree)) is not None:
-                asking, texts = stack.enter_context(tree.asking(visits)), same
-            members = self._meet(tree, stack, texts, survey=survey)
+                asking, seen = stack.enter_context(tree.asking(visits)), same
+            members = self._meet(tree, stack, seen, survey=survey)
             passing = stack.enter_context(contextlib.ExitStack())
             passing.enter_context(collection.passing)
             living = [member for member in members if not member.process.zombie]
@@ -298,19 +301,20 @@ class Collector:
             mm.mm_brk = collection.scratch["brk"][member.pid]
         lineup.collect(begun.members, self._census, collection)
 
-    def _meet(
-        self, tree: Tree, stack: contextlib.ExitStack, texts: Mapping[int, bytes], *, survey: bool
-    ) -> list[Member]:
+    def _meet(self, tree: Tree, stack: contextlib.ExitStack, seen: Mapping[int, Seen], *, survey: bool) -> list[Member]:
         """The processes, what they are called, and their areas."""
         members: list[Member] = []
         for process in tree.processes.values():
-            members.append(stack.enter_context(opened(process, members[0].level if members else None)))
+            level = members[0].level if members else None
+            members.append(stack.enter_context(opened(process, level, self._statuses, seen.get(process.pid))))
+        self._statuses.keep(tree.processes.keys())
         self._recognize(members)
         self._census.take(members)
         living = [member for member in members if not member.process.zombie]
         self._find_tops(living, stack)
         for member in living:
-            member.areas = self._read_areas(member, texts.get(member.pid), survey=survey)
+            known = seen.get(member.pid)
+            member.areas = self._read_areas(member, None if known is None else known.maps, survey=survey)
         return members
 
     def _find_tops(self, members: list[Member], stack: contextlib.ExitStack) -> None:
@@ -320,8 +324,9 @@ class Collector:
             tops[census.HOST["mnt"]] = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, tops[census.HOST["mnt"]])
         for member in members:
-            if read_link(member.process.proc, "root") == "/":
-                tops.setdefault(self._census.numbers(member.pid)["mnt"], member.owner.root)
+            number = self._census.numbers(member.pid)["mnt"]
+            if number not in tops and read_link(member.process.proc, "root") == "/":
+                tops[number] = member.owner.root
         for member in members:
             top = tops.get(self._census.numbers(member.pid)["mnt"], -1)
             member.owner = replace(member.owner, top=top)

@@ -21,6 +21,7 @@ from .errors import BusyError, EngineError, GoneError, TargetError, refusal
 from .images.checkpoint import Checkpoint
 from .lock_move import Note, Surrender
 from .looks import look_again
+from .members import Seen
 from .memory import guards, objects
 from .memory.areas import Care, Mapping, care_of, described, open_shared
 from .memory.extents import Extents, Kind, Place
@@ -113,7 +114,7 @@ class Departure:
         self._shared: dict[int, _Shared] = {}
         self._shape: object = None
         self._moved: bool | None = None  # what `changed` found in this freeze, in which nothing moves any more
-        self._texts: dict[int, bytes] = {}  # of the areas of the frozen tree, by pid
+        self._seen: dict[int, Seen] = {}  # of the frozen tree, by pid
         self._told = Checkpoint()  # the images that the destination has
         self._tree: Tree | None = None
         self._track = Backend.WP_ASYNC in available()
@@ -240,7 +241,7 @@ class Departure:
         if self.changed():
             raise EngineError("tasks or areas have changed: threads are asked when that has been seen to")
         with looking():
-            self._collector.begin(self._frozen, survey=False, same=self._texts)
+            self._collector.begin(self._frozen, survey=False, same=self._seen)
 
     @property
     def stopped_at(self) -> float:
@@ -465,9 +466,9 @@ class Departure:
     def _look(self, tree: Tree | None) -> object:
         """Tasks and areas, as one value to compare. A stopped tree is known already but for its areas."""
         if tree is not None:
-            self._texts = {one.pid: _areas(one.proc) for one in tree.processes.values()}
+            self._seen = {one.pid: Seen(read_stat(one.proc), _areas(one.proc)) for one in tree.processes.values()}
             return sorted(
-                _shape(read_stat(one.proc), (thread.tid for thread in one.threads), self._texts[one.pid])
+                _shape(self._seen[one.pid].stat, (thread.tid for thread in one.threads), self._seen[one.pid].maps)
                 for one in tree.processes.values()
             )
         shapes = []

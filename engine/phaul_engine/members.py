@@ -6,15 +6,23 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .inquiry import standing
 from .objects.base import Owner
 from .proc.access import open_at, open_thread
 from .proc.maps import Area
 from .proc.stat import Stat, read_stat
-from .proc.status import Status, read_status
+from .proc.status import Status, Statuses, read_status
 from .program import Results
 from .target import Process, Thread
+
+
+class Seen(NamedTuple):
+    """What has been read of a stopped process before a pass: its stat, and the text of /proc/PID/maps."""
+
+    stat: Stat
+    maps: bytes
 
 
 @dataclass
@@ -62,10 +70,10 @@ class Member:
 
 
 @contextlib.contextmanager
-def opened(process: Process, level: int | None) -> Iterator[Member]:
+def opened(process: Process, level: int | None, statuses: Statuses, seen: Seen | None = None) -> Iterator[Member]:
     """A process, with the descriptors that a pass needs of it. For `level` see there; None for the first of a tree,
-    whose own pid namespace that is."""
-    stat, status = read_stat(process.proc), read_status(process.proc)
+    whose own pid namespace that is. `seen` is what is known of it in this stop."""
+    stat, status = read_stat(process.proc) if seen is None else seen.stat, statuses.read(process.pid, process.proc)
     if level is None:
         level = len(status.ns_pid) - 1
     with contextlib.ExitStack() as stack:
@@ -79,7 +87,7 @@ def opened(process: Process, level: int | None) -> Iterator[Member]:
             root = keep(open_at(process.proc, "root", os.O_PATH | os.O_DIRECTORY))
             net = keep(open_at(process.proc, "ns/net"))
             pidfd = keep(os.pidfd_open(process.pid))
-        owner = Owner(process.pid, status.ns_pid[level], stat.comm, process.proc, root, net)
+        owner = Owner(process.pid, status.ns_pid[level], stat.comm, process.proc, root, net, start=stat.start)
         yield Member(process, stat, status, owner, pidfd, level=level)
 
 

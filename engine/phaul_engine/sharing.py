@@ -9,11 +9,39 @@ from collections.abc import Iterable, Mapping
 from . import calls, plan
 
 
-def numbers(processes: Mapping[int, int], what: int) -> dict[int, int]:
-    """The number of each process's object of a kind (`calls.KCMP_FILES`, ...), by pid.
+class Sharing:
+    """Who shares objects of a kind (`calls.KCMP_FILES`, ...), over several looks: what two processes do not share at
+    one they never will, since that is decided at birth; only what they do share may end."""
 
-    `processes` are the numbers of the processes themselves: an object has that of the first that holds it.
-    """
+    def __init__(self, what: int) -> None:
+        self._what = what
+        self._known: dict[int, int] = {}  # the object of each process, by the number of the process
+
+    def numbers(self, processes: Mapping[int, int]) -> dict[int, int]:
+        """The number of each process's object, by pid. `processes` are the numbers of the processes themselves, each
+        of one for good: an object has that of the first that holds it."""
+        found = self._as_before(processes) or numbers(processes, self._what)
+        self._known = {number: found[pid] for pid, number in processes.items()}
+        return found
+
+    def _as_before(self, processes: Mapping[int, int]) -> dict[int, int] | None:
+        """As at the last look; None if it is not so."""
+        groups: dict[int, list[int]] = {}
+        for pid, number in processes.items():
+            if number not in self._known:
+                return None
+            groups.setdefault(self._known[number], []).append(pid)
+        found = {}
+        for first, *others in groups.values():
+            if any(calls.kcmp(first, other, self._what) != 0 for other in others):
+                return None
+            lowest = min(processes[pid] for pid in (first, *others))
+            found.update(dict.fromkeys((first, *others), lowest))
+        return found
+
+
+def numbers(processes: Mapping[int, int], what: int) -> dict[int, int]:
+    """As `Sharing.numbers`, by comparing all."""
 
     def compare(left: int, right: int) -> int:
         return (0, -1, 1)[calls.kcmp(left, right, what)]

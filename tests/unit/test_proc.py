@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from phaul_engine.proc.locks import parse_lock
 from phaul_engine.proc.maps import parse_maps, parse_smaps
 from phaul_engine.proc.mountinfo import parse_mounts
 from phaul_engine.proc.stat import parse_stat
-from phaul_engine.proc.status import Ids, parse_status
+from phaul_engine.proc.status import Ids, Statuses, parse_status
 from phaul_engine.proc.timers import SIGEV_NONE, SIGEV_SIGNAL, SIGEV_THREAD_ID, PosixTimer, parse_timers
 
 MAPS = b"""\
@@ -145,6 +146,24 @@ def test_status() -> None:
 def test_a_zombies_status_has_no_umask() -> None:
     text = b"\n".join(line for line in STATUS.split(b"\n") if not line.startswith((b"Umask", b"VmRSS")))
     assert parse_status(text).umask is None
+
+
+def test_a_status_that_says_the_same_is_not_parsed_again(tmp_path: Path) -> None:
+    statuses, file = Statuses(), tmp_path / "status"
+    proc = os.open(tmp_path, os.O_PATH)
+    try:
+        file.write_bytes(STATUS + b"\nvoluntary_ctxt_switches:\t1\n")
+        first = statuses.read(7, proc)
+        file.write_bytes(STATUS + b"\nvoluntary_ctxt_switches:\t2\n")
+        assert statuses.read(7, proc) is first
+        assert statuses.read(8, proc) is not first
+        file.write_bytes(STATUS.replace(b"1704 kB", b"1708 kB"))
+        assert statuses.read(7, proc).vm_rss_kib == 1708
+        file.write_bytes(STATUS)
+        statuses.keep([8])
+        assert statuses.read(7, proc) == first
+    finally:
+        os.close(proc)
 
 
 @pytest.mark.parametrize("field", [b"Uid", b"SigBlk", b"NSpid", b"CapAmb"])

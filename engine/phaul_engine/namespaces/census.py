@@ -6,6 +6,7 @@ A `Census` lives as long as a migration or dump, so that a namespace has the sam
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ NAMES = ("pid", "net", "ipc", "uts", "mnt", "user", "cgroup", "time")
 
 HOST = {name: number for number, name in enumerate(NAMES, start=1)}
 _OF_CHILDREN = ("pid", "time")
+_CHILDREN = tuple(f"{name}_for_children" for name in _OF_CHILDREN)
 _FIRST = 16  # the numbers of namespaces of trees begin here
 
 assert catalogue
@@ -206,13 +208,12 @@ class Census:
     ) -> None:
         """What a task has called unshare(2) or setns(2) for, its children will be in."""
         self._children.pop(member.pid, None)
-        names = [name + end for name in _OF_CHILDREN for end in ("", "_for_children")]
-        found = identities(member.process.proc, names)
+        found = identities(member.process.proc, _CHILDREN)
         for name in _OF_CHILDREN:
             theirs = found.get(f"{name}_for_children")
-            if found.get(name) == theirs:
-                continue
             number = self._number(name, *theirs) if theirs else 0
+            if number == self._members[member.pid][name] or (not number and _lacks(name)):
+                continue
             inside = [one for one in self._members.values() if one["pid"] == number]
             above = standings.get(("pid", number), Standing(self._members[member.pid]["user"])).above
             if name == "pid" and (not number or inside) and above == self._members[member.pid]["user"]:
@@ -267,6 +268,12 @@ def _own(looks: Iterable[tuple[Mapping[str, int], int]]) -> dict[tuple[str, int]
             if number != HOST[name]:
                 found.setdefault((name, number), proc)
     return found
+
+
+@functools.cache
+def _lacks(name: str) -> bool:
+    """Whether this kernel has no namespaces of a kind for children."""
+    return not os.path.lexists(f"/proc/self/ns/{name}_for_children")
 
 
 def _rank(name: str) -> int:

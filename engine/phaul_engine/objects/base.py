@@ -44,6 +44,7 @@ class Owner:
     hold inner numbers). `proc` is an O_PATH descriptor of its /proc directory, `root` one of its root directory
     (open through it with RESOLVE_IN_ROOT: paths are the task's, not ours), `net` one of its network namespace. `top` is
     one of the root of its mount namespace, which the kernel's names for its files start from; -1 if it is hidden.
+    `start` is its start time, as `Stat` has it.
     """
 
     pid: int
@@ -53,6 +54,7 @@ class Owner:
     root: int
     net: int
     top: int = -1
+    start: int = -1
 
     def __str__(self) -> str:
         return f"pid {self.pid} ({self.comm})"

@@ -65,6 +65,7 @@ class OpenFiles:
     def __init__(self) -> None:
         self._next_id = 1
         self._ids: dict[object, int] = {}  # of the last pass: by (files_id, fd), or by what a path led to
+        self._places: dict[int, list[object]] = {}  # by id, as far as asked for
         self._known: dict[int, _Known] = {}
         self._infos: dict[tuple[int, int], fdinfo.FdInfo] = {}
         self._ranks: dict[object, int] = {}
@@ -105,9 +106,12 @@ class OpenFiles:
         known = self._known.get(file_id)
         return known is None or os.path.samestat(known.descriptor.status, status)
 
-    def places(self) -> Iterable[tuple[object, int]]:
-        """Where each id of the last pass was found."""
-        return self._ids.items()
+    def places(self, file_id: int) -> Iterable[object]:
+        """Where an id was found in the last pass."""
+        if not self._places:
+            for place, found in self._ids.items():
+                self._places.setdefault(found, []).append(place)
+        return self._places.get(file_id, ())
 
     def known(self, file_id: int) -> _Known | None:
         """What the last pass found under an id."""
@@ -130,6 +134,7 @@ class OpenFiles:
     ) -> None:
         """End of a pass: from now on this is what is known."""
         self._ids, self._known, self._infos, self._ranks = ids, known, infos, ranks
+        self._places = {}
 
 
 class FilesPass:
@@ -144,6 +149,7 @@ class FilesPass:
         self._kept: dict[object, int] = {}
         self._ids: dict[object, int] = {}
         self._infos: dict[tuple[int, int], fdinfo.FdInfo] = {}
+        self._locks: dict[int, list[tuple[int, FileLock]]] = {}  # that descriptors show, by their table
         self._ranks: dict[object, int] = {}
         self._taken: set[int] = set()
         self._known: dict[int, _Known] = {}
@@ -200,9 +206,7 @@ class FilesPass:
 
     def locks(self, files_id: int) -> Iterator[tuple[int, FileLock]]:
         """The locks that the descriptors of a table show, each with the descriptor's number."""
-        for (table, fd), info in self._infos.items():
-            if table == files_id:
-                yield from ((fd, lock) for lock in info.locks)
+        yield from self._locks.get(files_id, ())
 
     def register(self, own: int, owner: Owner, where: str) -> int:
         """The id of a description that we hold as `own` and that may stand in no table; `own` is closed later."""
@@ -251,15 +255,12 @@ class FilesPass:
         False, and nothing is done, if one of them has to be looked at again.
         """
         wanted = set(file_ids) - self._taken
-        places = [(place, file_id) for place, file_id in self._files.places() if file_id in wanted]
-        known = {file_id: self._files.known(file_id) for _, file_id in places}
-        steady = (one and one.kind.steady(one.descriptor, self._collection) for one in known.values())
-        if set(known) != wanted or not all(steady):
+        known = {file_id: self._files.known(file_id) for file_id in wanted}
+        if not all(one and one.kind.steady(one.descriptor, self._collection) for one in known.values()):
             return False
-        for place, file_id in places:
-            one = known[file_id]
+        for file_id, one in known.items():
             assert one is not None
-            self._ids[place] = file_id
+            self._ids.update(dict.fromkeys(self._files.places(file_id), file_id))
             self._taken.add(file_id)
             self._known[file_id], self._entries[file_id] = one, one.entry
         return True
@@ -320,6 +321,8 @@ class FilesPass:
         known = self._files.info(place)
         info = known if known is not None and known.raw == text else fdinfo.parse(text)
         self._infos[place] = info
+        if info.locks:
+            self._locks.setdefault(place[0], []).extend((place[1], lock) for lock in info.locks)
         return info
 
     def _descriptions(self, members: list[_Member]) -> list[list[_Member]]:

@@ -17,7 +17,7 @@ import struct
 from typing import Any, ClassVar, NamedTuple
 
 from phaul_engine.images.pb import core_pb2
-from phaul_engine.proc.stat import Stat, read_stat
+from phaul_engine.proc.stat import read_stat
 from phaul_engine.proc.status import Status, read_status
 from phaul_engine.program import Buf, Program, Results
 from phaul_engine.syscalls import NR
@@ -105,11 +105,12 @@ class LandlockDomain(TaskKind):
         self._witnesses: dict[tuple[int, int], _Witness] = {}
 
     def prepare(self, proc: int) -> None:
-        self._witness(proc, read_stat(proc))
+        stat = read_stat(proc)
+        self._witness(proc, (stat.pid, stat.start))
 
-    def _witness(self, proc: int, stat: Stat) -> _Witness | None:
+    def _witness(self, proc: int, who: tuple[int, int]) -> _Witness | None:
         """Whom a process is to look at; None if there is nothing to be learnt so. A new one takes milliseconds."""
-        if (stat.pid, stat.start) in self._judged or not _available() or not _is_neighbour(proc):
+        if who in self._judged or not _available() or not _is_neighbour(proc):
             return None
         status = read_status(proc)
         if not _could_enter(status):
@@ -120,12 +121,12 @@ class LandlockDomain(TaskKind):
         return self._witnesses[ids] if self._witnesses[ids].stands else None
 
     def inquire(self, program: Program, thread: ThreadView) -> _Asked | None:
-        stat = read_stat(thread.owner.proc)
-        witness = self._witness(thread.owner.proc, stat)
+        who = thread.owner.pid, thread.owner.start
+        witness = self._witness(thread.owner.proc, who)
         if witness is None:
-            self._judged.add((stat.pid, stat.start))
+            self._judged.add(who)
             return None
-        return _Asked((stat.pid, stat.start), program.ask(NR.kcmp, witness.pid, witness.pid, _KCMP_VM, 0, 0))
+        return _Asked(who, program.ask(NR.kcmp, witness.pid, witness.pid, _KCMP_VM, 0, 0))
 
     def collect(
         self, thread: ThreadView, asked: Any, results: Results, core: core_pb2.core_entry, collection: Collection

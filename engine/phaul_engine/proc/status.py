@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from phaul_engine.errors import EngineError
 
 from .access import read_bytes
+
+_COUNTS = b"\nvoluntary_ctxt_switches:"  # what follows changes by itself, and is not used
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,26 @@ class Status:
 def read_status(proc: int) -> Status:
     """The status of a process or thread directory."""
     return parse_status(read_bytes(proc, "status"))
+
+
+class Statuses:
+    """Those of tasks over several looks: what says the same as at the last one is not parsed again."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[bytes, Status]] = {}
+
+    def read(self, pid: int, proc: int) -> Status:
+        """The status of process `pid`, whose directory is `proc`."""
+        text = read_bytes(proc, "status").partition(_COUNTS)[0]
+        known = self._known.get(pid)
+        if known is None or known[0] != text:
+            known = self._known[pid] = text, parse_status(text)
+        return known[1]
+
+    def keep(self, pids: Collection[int]) -> None:
+        """Forget all but these."""
+        for pid in self._known.keys() - pids:
+            del self._known[pid]
 
 
 def parse_status(text: bytes) -> Status:
