@@ -34,7 +34,7 @@ from .proc.access import open_at, open_process, read_bytes, read_link
 from .proc.maps import Area, parse_maps, read_maps, read_smaps
 from .proc.status import Statuses
 from .proc.tree import read_tree
-from .program import Program, Results
+from .program import Program, Reg, Results
 from .survey import judge_threads, judge_tree
 from .syscalls import NR
 from .target import Asking, Filter, Process, Thread, Tree, Visit
@@ -43,7 +43,9 @@ __all__ = ["Collector", "Member", "catalogue"]
 
 _IMAGE_VERSION = 2
 _OURS = 0x7FFFFFFF  # the number of whatever the engine has itself: no process gets to it
-_UFFD_USER_MODE_ONLY = 1  # userfaultfd(2), Linux 5.11
+# With UFFD_USER_MODE_ONLY (1; userfaultfd(2), Linux 5.11) no privilege is needed. What it gives up, faults handled in
+# the kernel's own accesses, is not missed: with WP_ASYNC no fault is handed to anybody.
+_UFFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK | 1
 _FILTERED = 2  # what it answers
 _SECOND = 1_000_000_000
 
@@ -269,11 +271,11 @@ class Collector:
             answers = begun.asking.answers()
             self._name(members, answers, collection)
             told: dict[int, _Told] = {}
+            leaders: list[tuple[Member, ThreadView]] = []
             for member in begun.living:
-                told |= self._collect_tasks(tree, member, answers, cores, collection)
+                told |= self._collect_tasks(tree, member, answers, cores, leaders, collection)
+            self._collect_varying(tree, leaders, cores, collection, track=track)
             self._told = told
-            if track:
-                self._make_uffds(tree, begun.living)
             if surrender is not None:
                 for member in begun.living:
                     visit = Visit(member.process, self._gadgets[member.pid], member.areas, {})
@@ -420,9 +422,10 @@ class Collector:
         member: Member,
         answers: dict[int, Results],
         cores: dict[int, core_pb2.core_entry],
+        leaders: list[tuple[Member, ThreadView]],
         collection: Collection,
     ) -> dict[int, _Told]:
-        """Cores of all threads of a process: from ptrace, from inside, from /proc."""
+        """Cores of all threads of a process: from ptrace, from inside, from /proc. Its leader is added to `leaders`."""
         process = member.process
         told: dict[int, _Told] = {}
         for thread in process.threads:
@@ -439,7 +442,7 @@ class Collector:
                 kind.collect(view, token, results, core, collection)
             collection.checkpoint.put("core", view.inner_tid, core)
             if view.leader:
-                self._collect_varying(tree, member, view, core, collection)
+                leaders.append((member, view))
                 brk = results.answer(told[thread.tid].inquiry.brk)
                 collection.scratch.setdefault("brk", {})[process.pid] = brk
         return told
@@ -464,24 +467,48 @@ class Collector:
         return _Told(inquiry, results.buffer, part.SerializePartialToString(), tuple(others), view.filters)
 
     def _collect_varying(
-        self, tree: Tree, member: Member, view: ThreadView, core: core_pb2.core_entry, collection: Collection
+        self,
+        tree: Tree,
+        leaders: list[tuple[Member, ThreadView]],
+        cores: dict[int, core_pb2.core_entry],
+        collection: Collection,
+        *,
+        track: bool,
     ) -> None:
-        """What is asked of this process and of no other."""
-        inquiry = inquire(view, varying=True)
-        answers = Results((), b"")
-        if inquiry.program.steps:
-            programs = {view.tid: inquiry.program}
-            visit = Visit(member.process, self._gadgets[member.pid], member.areas, programs)
-            answers = tree.ask([visit])[view.tid]
-        for kind, token in inquiry.kinds:
-            kind.collect(view, token, answers, core, collection)
+        """What is asked of one process and of no other, of all at once. With `track`, those that have no userfaultfd
+        yet make one."""
+        inquiries = {member.pid: inquire(view, varying=True) for member, view in leaders}
+        made: dict[int, Reg] = {}
+        if track:
+            for pid in inquiries.keys() - self.uffds.keys():
+                made[pid] = inquiries[pid].program.call(NR.userfaultfd, _UFFD_FLAGS, label="userfaultfd for tracking")
+        visits = [
+            self._visit_driver(member, inquiries[member.pid].program)
+            for member, _ in leaders
+            if inquiries[member.pid].program.steps
+        ]
+        answers, nothing = tree.ask(visits) if visits else {}, Results((), b"")
+        for member, view in leaders:
+            for kind, token in inquiries[member.pid].kinds:
+                kind.collect(view, token, answers.get(view.tid, nothing), cores[view.tid], collection)
+        makers = [(member, answers[view.tid].value(made[member.pid])) for member, view in leaders if member.pid in made]
+        if makers:
+            self._take_uffds(tree, makers)
 
-    def _make_uffds(self, tree: Tree, members: list[Member]) -> None:
-        """A userfaultfd for each process that has none yet."""
-        for member in members:
-            if member.pid not in self.uffds:
-                with tree.interpreter(member.process, self._gadgets[member.pid], member.areas) as interpreter:
-                    self.uffds[member.pid] = _make_uffd(interpreter, member)
+    def _take_uffds(self, tree: Tree, makers: list[tuple[Member, int]]) -> None:
+        """Have what processes have made, by these numbers, in our table and no longer in theirs."""
+        drops = {number: Program() for _, number in makers}
+        for number, drop in drops.items():
+            drop.call(NR.close, number)
+        try:
+            for member, number in makers:
+                self.uffds[member.pid] = calls.pidfd_getfd(member.pidfd, number)
+        finally:
+            tree.ask([self._visit_driver(member, drops[number]) for member, number in makers])
+
+    def _visit_driver(self, member: Member, program: Program) -> Visit:
+        tid = member.process.driver.tid
+        return Visit(member.process, self._gadgets[member.pid], member.areas, {tid: program})
 
     def _collect_dead(self, members: list[Member], collection: Collection) -> None:
         for member in members:
@@ -534,26 +561,6 @@ class Collector:
 def _bounds(areas: list[Area]) -> list[tuple[Any, ...]]:
     """All but the flags."""
     return [area[:8] for area in areas]
-
-
-def _make_uffd(interpreter: Any, member: Member) -> int:
-    """A userfaultfd of the process's address space, in our table and no longer in its own."""
-    tid = member.process.driver.tid
-    ask = Program()
-    # With the third flag no privilege is needed; what it gives up, faults handled in the kernel's own accesses, is not
-    # missed: with WP_ASYNC no fault is handed to anybody.
-    made = ask.call(
-        NR.userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK | _UFFD_USER_MODE_ONLY, label="userfaultfd for tracking"
-    )
-    fd = interpreter.run({tid: ask})[tid].value(made)
-    with contextlib.ExitStack() as stack:
-        uffd = calls.pidfd_getfd(member.pidfd, fd)
-        stack.callback(os.close, uffd)
-        drop = Program()
-        drop.call(NR.close, fd)
-        interpreter.run({tid: drop})
-        stack.pop_all()
-    return uffd
 
 
 def _collect_inventory(now: Clocks, collection: Collection) -> None:

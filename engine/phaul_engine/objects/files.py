@@ -236,10 +236,13 @@ class FilesPass:
 
         `where` is "exe", "cwd", "root" or "map_files/FROM-TO"; `what` names it in blockers. 0 if it is blocked.
         """
-        own = access.open_at(owner.proc, where, os.O_PATH)
-        status = os.fstat(own)
         link = access.read_link(owner.proc, where)
-        mount = mounted.number_at(own, owner, self._collection)
+        own = access.open_at(owner.proc, where, os.O_PATH)
+        try:
+            status, mount = os.fstat(own), mounted.number_at(own, owner, self._collection)
+        except BaseException:
+            os.close(own)
+            raise
         key = ("path", link, mount, status.st_dev, status.st_ino, flags)
         if key in self._ids:
             os.close(own)
@@ -384,13 +387,18 @@ class FilesPass:
 
 
 def _link(proc: int, fd: int, status: os.stat_result, flags: int) -> str:
-    """The text of a descriptor's link, without asking where it is known beforehand."""
-    if not flags & os.O_PATH:
-        if stat.S_ISSOCK(status.st_mode):
-            return f"socket:[{status.st_ino}]"
-        if stat.S_ISFIFO(status.st_mode) and status.st_dev == _pipefs():
-            return f"pipe:[{status.st_ino}]"
-    return access.read_link(proc, f"fd/{fd}")
+    """The text of a descriptor's link, without asking where it is known beforehand. GoneError where it is of another
+    file, which a running process has opened meanwhile."""
+    if flags & os.O_PATH:
+        return access.read_link(proc, f"fd/{fd}")
+    if stat.S_ISSOCK(status.st_mode):
+        return f"socket:[{status.st_ino}]"
+    if stat.S_ISFIFO(status.st_mode) and status.st_dev == _pipefs():
+        return f"pipe:[{status.st_ino}]"
+    link = access.read_link(proc, f"fd/{fd}")
+    if link.startswith(("socket:[", "pipe:[")):
+        raise GoneError(f"fd {fd} is of another file now")
+    return link
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import fcntl
 import os
 import select
 import stat
+import termios
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -62,12 +63,14 @@ def collect_content(kind: str, pipe_id: int, ends: list[Descriptor], collection:
 
 def _copy(reader: int, capacity: int) -> list[bytes]:
     """The content of a pipe, in the pieces that reads give."""
+    if fcntl.ioctl(reader, termios.FIONREAD, bytes(4)) == bytes(4):
+        return []
     mine, other = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         fcntl.fcntl(mine, _F_SETPIPE_SZ, capacity)
         try:
             left = calls.tee(reader, other, capacity)
-        except BlockingIOError:
+        except BlockingIOError:  # somebody outside has read it meanwhile
             return []
         pieces = []
         while left:
