@@ -2,8 +2,8 @@
 
     python -m benchmarks [--full] [--repeats N] [--heaps MIB,...] [--rates MB/S,...] [--only PART,...] [--document]
 
-Parts: counter, client, criu, lxc, stream, redis, connections, agents, soak. Prints tables, and writes all values to
-benchmarks/results/TIME.json; with --document, the tables into docs/benchmarks.md too.
+Parts: counter, client, crowd, criu, lxc, stream, redis, connections, agents, soak. Prints tables, and writes all values
+to benchmarks/results/TIME.json; with --document, the tables into docs/benchmarks.md too.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import agents, connections, document, downtime, lxc, page_stream, redis_rate
+from benchmarks import agents, connections, crowd, document, downtime, lxc, page_stream, redis_rate
 from benchmarks.figures import surroundings
 from benchmarks.soak import soak
 from tests.hosts import HostError, two_hosts
 
-_PARTS = ("counter", "client", "criu", "lxc", "stream", "redis", "connections", "agents", "soak")
+_PARTS = ("counter", "client", "crowd", "criu", "lxc", "stream", "redis", "connections", "agents", "soak")
 _FULL = {"repeats": 11, "heaps": (64, 1024, 4096), "rates": (0, 10, 100)}
 _SHORT = {"repeats": 3, "heaps": (64, 1024), "rates": (0, 100)}
 _STREAM_MIB = 256
@@ -45,6 +45,12 @@ def run(parts: Sequence[str], heaps: Sequence[int], rates: Sequence[int], repeat
     if "client" in parts:
         with two_hosts() as hosts:
             results["client"] = [downtime.by_client(hosts, repeats)]
+    if "crowd" in parts:
+        criu = downtime.criu_program()
+        results["crowd"] = []
+        for numbers in crowd.CROWDS:
+            with two_hosts() as hosts:
+                results["crowd"].append(crowd.measure(hosts, numbers, criu, min(repeats, 5)))
     if "criu" in parts:
         program = downtime.criu_program()
         absent = [{"skipped": "CRIU 4.2 is not here; PHAUL_CRIU can say where it is"}]

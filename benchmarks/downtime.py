@@ -127,10 +127,10 @@ def _criu_turn(program: Path, directory: Path, heap_mib: int, rate_mb: int, figu
         subprocess.run(["kill", "-USR1", str(pid)], check=True)
         time.sleep(0.2)
         begun = time.monotonic()
-        _criu([str(program), "dump", "-t", str(pid), "-D", str(images), "-o", "dump.log"])
+        run_criu([str(program), "dump", "-t", str(pid), "-D", str(images), "-o", "dump.log"])
         subject.wait()
         shutil.copytree(images, copy)
-        _criu([str(program), "restore", "-d", "-D", str(copy), "-o", "restore.log"])
+        run_criu([str(program), "restore", "-d", "-D", str(copy), "-o", "restore.log"])
         figures.add("commands_ms", (time.monotonic() - begun) * 1000)
         time.sleep(0.5)
         figures.add("counter_ms", int(parse_status(status.read_text())["gap_us"]) / 1000)
@@ -140,7 +140,8 @@ def _criu_turn(program: Path, directory: Path, heap_mib: int, rate_mb: int, figu
             subject.wait()
 
 
-def _criu(words: Sequence[str]) -> None:
+def run_criu(words: Sequence[str]) -> None:
+    """A command of CRIU's, which must succeed."""
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BenchmarkError(f"{' '.join(words)} ended with status {done.returncode}: {done.stderr[-500:]}")
