@@ -43,7 +43,7 @@ coverage: $(VENV)/installed
 	$(AS_ROOT) $(BIN)/python -m tests.coverage $(SUITES)
 
 # In virtual machines with Debian's kernels 6.1 and 6.12 (docs/testing.md). Without KVM: four minutes for their disks in
-# .state/vm, the first time, and a quarter of an hour for the tests. Not in .ci/run, which they would make too long.
+# .state/vm, the first time, and a quarter of an hour for the tests. .ci/run does half of them, if there is time.
 test-vm: vm-disks
 	$(AS_ROOT) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/vm
 

@@ -37,6 +37,7 @@ def run(parts: Sequence[str], heaps: Sequence[int], rates: Sequence[int], repeat
     """All that was asked for, one part after the other."""
     results: dict[str, Any] = {"before": surroundings()}
     cells = [(heap, rate) for heap in heaps for rate in rates]
+    criu = downtime.criu_program()
     if "counter" in parts:
         results["counter"] = []
         for heap, rate in cells:
@@ -46,15 +47,13 @@ def run(parts: Sequence[str], heaps: Sequence[int], rates: Sequence[int], repeat
         with two_hosts() as hosts:
             results["client"] = [downtime.by_client(hosts, repeats)]
     if "crowd" in parts:
-        criu = downtime.criu_program()
         results["crowd"] = []
         for numbers in crowd.CROWDS:
             with two_hosts() as hosts:
                 results["crowd"].append(crowd.measure(hosts, numbers, criu, min(repeats, 5)))
     if "criu" in parts:
-        program = downtime.criu_program()
         absent = [{"skipped": "CRIU 4.2 is not here; PHAUL_CRIU can say where it is"}]
-        results["criu"] = [downtime.by_criu(program, *cell, min(repeats, 3)) for cell in cells] if program else absent
+        results["criu"] = [downtime.by_criu(criu, *cell, min(repeats, 3)) for cell in cells] if criu else absent
     if "lxc" in parts:
         with two_hosts() as hosts:
             results["lxc"] = lxc.measure(hosts, repeats)

@@ -88,5 +88,6 @@ def _crowd(words: list[str]) -> Iterator[subprocess.Popen[bytes]]:
         time.sleep(_BIRTH)
         yield process
     finally:
-        subprocess.run(["kill", f"-{signal.SIGKILL}", "--", f"-{process.pid}"], check=False, capture_output=True)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         _reap(process)

@@ -27,6 +27,7 @@ TCP_REPAIR = 19
 SYS_PIDFD_GETFD = 438
 _ENDED = re.compile(rb'"ended":[1-9]')
 STATE_DIRECTORIES = ("/run/phaul", "/var/lib/phaul")
+KEPT = ("/run/phaul/sleeps", "/run/phaul/seal")  # what is known of sleeping threads
 SETTLE = 10.0
 """Seconds that agents and links have to go away after a test, on a machine that is busy with much else."""
 
@@ -163,7 +164,7 @@ def _check_network() -> Iterable[str]:
 def _is_history(path: Path) -> bool:
     """Whether it is the journal of a migration that has ended on this side, or what is known of sleeping threads: those
     are kept."""
-    if path.match("/run/phaul/sleeps") or path.match("/run/phaul/seal"):
+    if str(path) in KEPT:
         return True
     return path.suffix in (".source", ".destination") and bool(_ENDED.search(path.read_bytes()))
 

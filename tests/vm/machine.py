@@ -14,11 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.hosts.audit import KEPT
 from tests.vm import image
 
 BOOT_TIMEOUT = 600.0
 _COMING_AND_GOING = (" sh", " sshd", " bash", " find", " timeout", " cut")  # processes of whoever looks
-_KEPT = ("/run/phaul/sleeps", "/run/phaul/seal")  # as tests.hosts.audit has it
 MEMORY_MIB = 768
 
 
@@ -128,7 +128,7 @@ class Machine:
         script += "for d in /sys/class/net /sys/fs/bpf /run/phaul; do find $d/ -mindepth 1; done;"
         script += "find /sys/fs/cgroup -mindepth 1 -type d; cut -d ' ' -f 2 /proc/mounts"
         seen = self.run(["sh", "-c", f"({script}) 2>/dev/null"], check=False).stdout.splitlines()
-        return {line for line in seen if not line.endswith((*_COMING_AND_GOING, *_KEPT))}
+        return {line for line in seen if not line.endswith((*_COMING_AND_GOING, *KEPT))}
 
     def put(self, source: Path, destination: str) -> None:
         """Copy a file there, executable."""
